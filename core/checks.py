@@ -1,0 +1,118 @@
+"""Shape and dtype checks of both frontends, in one place so that both say the same.
+
+They read `.shape` and `.dtype` alone, so any framework's array, or a tracer of one, will do. Value checks need the
+values and live with the frontends, behind `BackendConfig.checks`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from moebius.core.errors import DTypeError, ShapeError
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+INDICES = ("int32", "int64")
+
+
+def environment() -> str:
+    """MOEBIUS_CHECKS: "full" for value checks, else "off"."""
+    return os.environ.get("MOEBIUS_CHECKS", "off")
+
+
+def dtype_text(array: Any) -> str:
+    """The dtype's plain name: "float32" for torch.float32 and for numpy.dtype("float32")."""
+    return str(array.dtype).rsplit(".", 1)[-1]
+
+
+def tokens(x: Any, width: int, what: str = "x") -> None:
+    """`x` is a floating [T, width].
+
+    Raises:
+        ShapeError, DTypeError: it is not.
+    """
+    if len(x.shape) != 2 or x.shape[1] != width:
+        raise ShapeError(f"{what} of shape [tokens, {width}]", f"shape {tuple(x.shape)}", _reshape_hint(x, width))
+    floating(x, what)
+
+
+def floating(x: Any, what: str) -> None:
+    """`x` holds one of the four floating dtypes.
+
+    Raises:
+        DTypeError: it does not.
+    """
+    if dtype_text(x) not in FLOATS:
+        raise DTypeError(f"{what} of a dtype among {FLOATS}", f"{dtype_text(x)}", f"cast {what} first")
+
+
+def token_mask(mask: Any, n_tokens: int, what: str = "token_mask") -> None:
+    """`mask` is a bool [n_tokens].
+
+    Raises:
+        ShapeError, DTypeError: it is not.
+    """
+    if dtype_text(mask) != "bool":
+        raise DTypeError(f"{what} of dtype bool", dtype_text(mask), "compare to make it bool, e.g. mask != 0")
+    if tuple(mask.shape) != (n_tokens,):
+        raise ShapeError(f"{what} of shape [{n_tokens}]", f"shape {tuple(mask.shape)}", "give one entry per token")
+
+
+def routes(weights: Any, indices: Any, n_tokens: int) -> None:
+    """`weights` [T, K] is floating, `indices` [T, K] int32 or int64.
+
+    Raises:
+        ShapeError, DTypeError: they are not.
+    """
+    if dtype_text(indices) not in INDICES:
+        raise DTypeError("indices of dtype int32 or int64", dtype_text(indices), "cast the expert ids to int32")
+    floating(weights, "weights")
+    if len(indices.shape) != 2 or indices.shape[0] != n_tokens:
+        raise ShapeError(f"indices of shape [{n_tokens}, K]", f"shape {tuple(indices.shape)}", "give K ids per token")
+    if tuple(weights.shape) != tuple(indices.shape):
+        raise ShapeError(
+            f"weights of the shape of indices {tuple(indices.shape)}",
+            f"shape {tuple(weights.shape)}",
+            "give one weight per chosen expert",
+        )
+
+
+def grouped_matmul(rows: Any, weight: Any, group_sizes: Any) -> None:
+    """rows [R, D], weight [e, D, F], group_sizes [e] int32, rows and weight of one floating dtype.
+
+    Raises:
+        ShapeError, DTypeError: they are not.
+    """
+    if len(weight.shape) != 3:
+        raise ShapeError("weight of shape [e, D, F]", f"shape {tuple(weight.shape)}", "stack one matrix per expert")
+    tokens(rows, weight.shape[1], "rows")
+    if dtype_text(weight) != dtype_text(rows):
+        raise DTypeError(f"weight of rows' dtype {dtype_text(rows)}", dtype_text(weight), "cast one of them")
+    if dtype_text(group_sizes) not in INDICES:
+        raise DTypeError("group_sizes of dtype int32", dtype_text(group_sizes), "count rows as int32")
+    if tuple(group_sizes.shape) != (weight.shape[0],):
+        raise ShapeError(
+            f"group_sizes of shape [{weight.shape[0]}]",
+            f"shape {tuple(group_sizes.shape)}",
+            "give one size per expert",
+        )
+
+
+def parameter(name: str, array: Any, shape: tuple[int, ...]) -> None:
+    """`array` has the shape that the layout gives to `name`.
+
+    Raises:
+        ShapeError: it has not.
+    """
+    if tuple(array.shape) != shape:
+        raise ShapeError(
+            f"{name} of shape {list(shape)}",
+            f"shape {list(array.shape)}",
+            "pass the input-major layout [experts, in, out] of moebius.core.layout",
+        )
+
+
+def _reshape_hint(x: Any, width: int) -> str:
+    if len(x.shape) > 2 and x.shape[-1] == width:
+        return f"flatten the leading axes: x.reshape(-1, {width}); MoE takes any leading axes"
+    return f"pass two axes, tokens and width {width}"

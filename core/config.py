@@ -1,0 +1,293 @@
+"""What a layer is (`MoEConfig`) and how it is computed (`BackendConfig`).
+
+Field names and meaning are those of NeMo Automodel's configs, so one of its objects works where one of these does:
+`MoEConfig.of` takes any object with the attributes. Where the original demands a value that most layers leave alone,
+there is a default here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from moebius.core import activations, checks, routing
+from moebius.core.activations import Activation
+from moebius.core.errors import ConfigError, MoEWarning
+from moebius.core.precision import dtype_name
+from moebius.core.routing import RoutingRule
+
+_Config = TypeVar("_Config", bound="_FromAttributes")
+
+SHARED_EXPERT_ACTIVATIONS = ("swiglu", "relu2")
+# Every backend name that either frontend knows, and the original's names for two of them.
+EXPERT_BACKENDS = ("loop", "grouped_mm", "gmm", "te", "triton", "ragged_dot", "tokamax", "torch_mm_mxfp8")
+EXPERT_BACKEND_ALIASES = {"torch": "loop", "torch_mm": "grouped_mm"}
+DISPATCHERS = ("local", "torch", "allgather", "alltoall", "ragged_all_to_all", "deepep", "hybridep", "uccl_ep", "te")
+CHECKS = ("off", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FromAttributes:
+    @classmethod
+    def of(cls: type[_Config], source: Any) -> _Config:
+        """`source` itself, or a config read off any object with these attributes (None: all defaults).
+
+        Raises:
+            ConfigError: an attribute without a default is missing, or a value is invalid.
+        """
+        if isinstance(source, cls):
+            return source
+        values, missing = {}, []
+        for field in fields(cls):
+            if hasattr(source, field.name):
+                values[field.name] = getattr(source, field.name)
+            elif field.default is MISSING:
+                missing.append(field.name)
+        if missing:
+            raise ConfigError(
+                f"a {cls.__name__} from a {type(source).__name__}",
+                f"no attribute {', '.join(missing)}",
+                f"pass a {cls.__name__}, or an object with all of its required attributes",
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(_FromAttributes):
+    """One mixture-of-experts layer. Frozen and checked: an instance is valid.
+
+    Attributes:
+        n_routed_experts: E, experts that the router chooses from.
+        n_activated_experts: K, experts per token.
+        dim: width of the layer's input and output.
+        moe_inter_dim: I, hidden width of one routed expert.
+        n_shared_experts: experts that every token visits; their widths add up to one MLP.
+        n_expert_groups, n_limited_groups: G groups, of which a token may use this many; 0 or 1 groups: no limit.
+        train_gate: the router's weight takes gradients.
+        gate_bias_update_factor: step of the correction bias; 0 for no update.
+        aux_loss_coeff: factor of the load-balancing loss; 0 for none.
+        score_func: one of moebius.core.routing.SCORE_FUNCTIONS.
+        route_scale: factor of the routing weights, after normalisation.
+        inter_dim: hidden width of the model's dense MLP; not used by the experts.
+        norm_topk_prob: routing weights of a token sum to 1 before route_scale (where K > 1).
+        router_bias: a learnable bias on the logits.
+        expert_bias: biases in the experts, the shared experts and the latent projections.
+        expert_activation: one of moebius.core.activations.CONFIG_ACTIVATIONS.
+        apply_router_weight_after_down: weight the down projection's output instead of its input.
+        activation_alpha, activation_limit: of swigluoai and quick_geglu.
+        swiglu_limit: > 0 clamps swiglu, in routed and shared experts.
+        softmax_before_topk: score_func "softmax" normalises over all experts before the choice.
+        router_weights_fp32: the gate returns float32 weights (float64 for float64), not x.dtype.
+        router_weight_uses_score_correction_bias: score_func "sigmoid" takes the weights from the biased scores.
+        dtype: of the parameters, kept as a plain string.
+        gate_dtype: of the router's parameters; None for dtype.
+        shared_expert_gate: a sigmoid gate on the shared experts' output.
+        shared_expert_inter_dim: hidden width per shared expert; None or 0 for moe_inter_dim.
+        shared_expert_activation: "swiglu" or "relu2".
+        force_e_score_correction_bias: hold a correction bias even when nothing updates it.
+        moe_latent_size: routed experts work in this width, between two projections.
+        enable_routing_replay: attach a record and replay handle to the gate.
+
+    Raises:
+        ConfigError: a value is out of range or two contradict each other.
+    """
+
+    n_routed_experts: int
+    n_activated_experts: int
+    dim: int
+    moe_inter_dim: int
+    n_shared_experts: int = 0
+    n_expert_groups: int = 1
+    n_limited_groups: int = 1
+    train_gate: bool = True
+    gate_bias_update_factor: float = 0.0
+    aux_loss_coeff: float = 0.0
+    score_func: str = "softmax"
+    route_scale: float = 1.0
+    inter_dim: int | None = None
+    norm_topk_prob: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    expert_activation: str = "swiglu"
+    apply_router_weight_after_down: bool = False
+    activation_alpha: float = 1.702
+    activation_limit: float = 7.0
+    swiglu_limit: float = 0.0
+    softmax_before_topk: bool = False
+    router_weights_fp32: bool = False
+    router_weight_uses_score_correction_bias: bool = False
+    dtype: Any = "bfloat16"
+    gate_dtype: Any = None
+    shared_expert_gate: bool = False
+    shared_expert_inter_dim: int | None = None
+    shared_expert_activation: str = "swiglu"
+    force_e_score_correction_bias: bool = False
+    moe_latent_size: int | None = None
+    enable_routing_replay: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.gate_dtype is not None:
+            object.__setattr__(self, "gate_dtype", dtype_name(self.gate_dtype))
+        self._check_sizes()
+        self._check_routing()
+        activations.resolve(self.expert_activation, self)
+        if self.shared_expert_activation not in SHARED_EXPERT_ACTIVATIONS:
+            raise ConfigError(
+                f"shared_expert_activation {self.shared_expert_activation!r}",
+                f"the activations {SHARED_EXPERT_ACTIVATIONS}",
+                "name one of them",
+            )
+        self._warn_of_ignored()
+
+    def _check_sizes(self) -> None:
+        for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
+            _positive(name, getattr(self, name))
+        if self.moe_latent_size is not None:
+            _positive("moe_latent_size", self.moe_latent_size)
+        for name in ("n_shared_experts", "n_expert_groups", "n_limited_groups", "gate_bias_update_factor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}", "a negative value", "use 0 or more")
+        if self.n_activated_experts > self.n_routed_experts:
+            raise ConfigError(
+                f"n_activated_experts={self.n_activated_experts} experts per token",
+                f"n_routed_experts={self.n_routed_experts}",
+                "choose at most as many experts as there are",
+            )
+
+    def _check_routing(self) -> None:
+        rule = self.routing_rule
+        if self.gate_bias_update_factor > 0 and not self.train_gate:
+            raise ConfigError(
+                f"gate_bias_update_factor={self.gate_bias_update_factor} with train_gate=False",
+                "a correction bias is updated only while the gate trains",
+                "set train_gate=True or gate_bias_update_factor=0",
+            )
+        if rule.group_fill is None or self.n_expert_groups <= 1:
+            return
+        per_group, rest = divmod(self.n_routed_experts, self.n_expert_groups)
+        if rest:
+            raise ConfigError(
+                f"n_expert_groups={self.n_expert_groups}",
+                f"n_routed_experts={self.n_routed_experts}, which it does not divide",
+                "use groups of equal size",
+            )
+        if not 1 <= self.n_limited_groups <= self.n_expert_groups:
+            raise ConfigError(
+                f"n_limited_groups={self.n_limited_groups}",
+                f"n_expert_groups={self.n_expert_groups}",
+                "limit a token to between 1 and all of the groups",
+            )
+        if per_group * self.n_limited_groups < self.n_activated_experts:
+            raise ConfigError(
+                f"n_activated_experts={self.n_activated_experts} from {self.n_limited_groups} groups",
+                f"{per_group} experts per group",
+                "raise n_limited_groups or lower n_activated_experts",
+            )
+
+    def _warn_of_ignored(self) -> None:
+        rule, ignored = self.routing_rule, []
+        if rule.group_fill is None and self.n_expert_groups > 1:
+            ignored.append(f"n_expert_groups={self.n_expert_groups}")
+        if not rule.uses_bias and self.gate_bias_update_factor > 0:
+            ignored.append(f"gate_bias_update_factor={self.gate_bias_update_factor}")
+        if not rule.uses_bias and self.force_e_score_correction_bias:
+            ignored.append("force_e_score_correction_bias=True")
+        if ignored:
+            warnings.warn(
+                f"score_func {self.score_func!r} ignores {', '.join(ignored)}: routing is the same without",
+                MoEWarning,
+                stacklevel=4,
+            )
+
+    @property
+    def activation(self) -> Activation:
+        """The resolved row of the routed experts' activation."""
+        return activations.resolve(self.expert_activation, self)
+
+    @property
+    def routing_rule(self) -> RoutingRule:
+        """The resolved row of the score function."""
+        return routing.resolve(self.score_func, self)
+
+    @property
+    def expert_dim(self) -> int:
+        """Width that the routed experts read and write: the latent size where there is one."""
+        return self.dim if self.moe_latent_size is None else self.moe_latent_size
+
+    @property
+    def has_correction_bias(self) -> bool:
+        """Whether the gate holds a correction bias."""
+        return self.gate_bias_update_factor > 0 or self.force_e_score_correction_bias
+
+    @property
+    def shared_inter_dim(self) -> int:
+        """Hidden width of the one MLP that all shared experts form; 0 without any."""
+        return self.n_shared_experts * (self.shared_expert_inter_dim or self.moe_inter_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig(_FromAttributes):
+    """How a layer is computed. None means: choose when the layer is built.
+
+    Attributes:
+        linear: of the dense projections; "torch" and "te" are the original's names.
+        experts: backend of the grouped matmul, one of EXPERT_BACKENDS, or the original's "torch", "torch_mm".
+        dispatcher: how tokens reach other ranks, one of DISPATCHERS.
+        dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of the DeepEP dispatchers.
+        fake_balanced_gate: route evenly without looking at x, for benchmarks.
+        fake_gate_noise: share of randomness in the fake gate, 0 to 1.
+        gate_precision: dtype the router computes its logits in; None for x.dtype.
+        te_fp8: Transformer Engine's FP8 recipe; needs experts or linear "te".
+        checks: "full" also checks values (non-finite weights, ids out of range), at the price of reading them;
+            None for the environment's MOEBIUS_CHECKS, else "off".
+        enable_fsdp_optimizations: kept for the original's configs; has no effect here.
+
+    Raises:
+        ConfigError: an unknown name or a contradiction.
+    """
+
+    linear: str | None = None
+    experts: str | None = None
+    dispatcher: str | None = None
+    dispatcher_num_sms: int = 20
+    dispatcher_share_token_dispatcher: bool = True
+    dispatcher_async_dispatch: bool = False
+    fake_balanced_gate: bool = False
+    fake_gate_noise: float = 0.0
+    gate_precision: Any = None
+    te_fp8: Any = None
+    checks: Literal["off", "full"] | None = None
+    enable_fsdp_optimizations: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gate_precision is not None:
+            object.__setattr__(self, "gate_precision", dtype_name(self.gate_precision))
+        if self.experts is not None:
+            name = EXPERT_BACKEND_ALIASES.get(self.experts, self.experts)
+            _one_of("experts", name, EXPERT_BACKENDS, extra=tuple(EXPERT_BACKEND_ALIASES))
+            object.__setattr__(self, "experts", name)
+        if self.dispatcher is not None:
+            _one_of("dispatcher", self.dispatcher, DISPATCHERS)
+        if self.checks is None:
+            object.__setattr__(self, "checks", checks.environment())
+        _one_of("checks", self.checks, CHECKS)
+        if not 0.0 <= self.fake_gate_noise <= 1.0:
+            raise ConfigError(f"fake_gate_noise={self.fake_gate_noise}", "a share outside [0, 1]", "use 0 to 1")
+        if self.te_fp8 is not None and "te" not in (self.experts, self.linear):
+            raise ConfigError(
+                "te_fp8",
+                f"experts={self.experts!r}, linear={self.linear!r}",
+                "set experts='te' or linear='te', or leave te_fp8 out",
+            )
+
+
+def _positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r}", "not a positive integer", "use 1 or more")
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...], extra: tuple[str, ...] = ()) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}", f"the choices {choices + extra}", "name one of them")

@@ -1,0 +1,257 @@
+"""Steps 1 to 9 as one layer: gate, routed experts, shared experts, latent projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moebius.core import activations
+from moebius.core.activations import Activation
+from moebius.core.config import MoEConfig
+from moebius.core.precision import EXACT, Arithmetic
+from moebius.core.reference.activate import activate, activate_vjp
+from moebius.core.reference.experts import ExpertsTrace, experts, experts_vjp
+from moebius.core.reference.matmul import linear, linear_vjp
+from moebius.core.reference.route import Routing, aux_loss, aux_loss_vjp, expert_load, route, route_vjp
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoETrace:
+    """Every stage of one forward pass.
+
+    Attributes:
+        logits_TE, routing, load_E, aux_loss: of the gate; the loss is not scaled by its coefficient.
+        latent_TD: what the experts read. experts: their stages.
+        shared_TD: shared experts' output, zero without any. y_TD: the result.
+    """
+
+    logits_TE: np.ndarray
+    routing: Routing
+    load_E: np.ndarray
+    aux_loss: np.ndarray
+    latent_TD: np.ndarray
+    experts: ExpertsTrace
+    shared_TD: np.ndarray
+    y_TD: np.ndarray
+
+
+def gate(
+    x_TD: np.ndarray,
+    parameters: Arrays,
+    config: MoEConfig,
+    *,
+    correction_bias_E: np.ndarray | None = None,
+    ids_TK: np.ndarray | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> tuple[np.ndarray, Routing]:
+    """(logits_TE, routing) from `weight` [E, D] and, with a router bias, `bias` [E]."""
+    logits_TE = linear(x_TD, parameters["weight"], parameters.get("bias"), arithmetic)
+    routing = route(logits_TE, config, correction_bias_E=correction_bias_E, ids_TK=ids_TK, arithmetic=arithmetic)
+    if config.router_weights_fp32:
+        return logits_TE, routing
+    weights_TK = arithmetic.store(routing.weights_TK)
+    return logits_TE, Routing(weights_TK=weights_TK, ids_TK=routing.ids_TK, scores_TE=routing.scores_TE)
+
+
+def gate_vjp(
+    x_TD: np.ndarray,
+    logits_TE: np.ndarray,
+    ids_TK: np.ndarray,
+    parameters: Arrays,
+    config: MoEConfig,
+    dweights_TK: np.ndarray,
+    dscores_TE: np.ndarray | None = None,
+    *,
+    correction_bias_E: np.ndarray | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(dx_TD, gradients of the gate's parameters)."""
+    dlogits_TE = route_vjp(
+        logits_TE,
+        config,
+        ids_TK,
+        dweights_TK,
+        dscores_TE,
+        correction_bias_E=correction_bias_E,
+        arithmetic=arithmetic,
+    )
+    dx_TD, dweight, dbias = linear_vjp(x_TD, parameters["weight"], arithmetic.store(dlogits_TE), arithmetic)
+    return dx_TD, {"weight": dweight, "bias": dbias} if "bias" in parameters else {"weight": dweight}
+
+
+def shared_experts(
+    x_TD: np.ndarray, parameters: Arrays, config: MoEConfig, arithmetic: Arithmetic = EXACT
+) -> np.ndarray:
+    """The MLP that every token visits, times its sigmoid gate where there is one."""
+    _, hidden_TU, act_TI, out_TD = _shared_stages(x_TD, parameters, config, arithmetic)
+    del hidden_TU, act_TI
+    if not config.shared_expert_gate:
+        return out_TD
+    opening_T1 = _sigmoid(linear(x_TD, parameters["shared_expert_gate.weight"], arithmetic=arithmetic))
+    return arithmetic.store(arithmetic.curve(out_TD * opening_T1))
+
+
+def shared_experts_vjp(
+    x_TD: np.ndarray, parameters: Arrays, config: MoEConfig, dout_TD: np.ndarray, arithmetic: Arithmetic = EXACT
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(dx_TD, gradients of the shared experts' parameters)."""
+    activation, hidden_TU, act_TI, out_TD = _shared_stages(x_TD, parameters, config, arithmetic)
+    grads: dict[str, np.ndarray] = {}
+    dx_TD = np.zeros_like(x_TD)
+    if config.shared_expert_gate:
+        opening_T1 = _sigmoid(linear(x_TD, parameters["shared_expert_gate.weight"], arithmetic=arithmetic))
+        dopening_T1 = arithmetic.sum(dout_TD * out_TD, axis=-1, keepdims=True) * opening_T1 * (1.0 - opening_T1)
+        name = "shared_expert_gate.weight"
+        dx_TD, grads[name], _ = linear_vjp(x_TD, parameters[name], arithmetic.store(dopening_T1), arithmetic)
+        dout_TD = arithmetic.store(dout_TD * opening_T1)
+    dact_TI = _project_vjp("shared_experts.down_proj", act_TI, parameters, dout_TD, grads, arithmetic)
+    dhidden_TU, _ = activate_vjp(hidden_TU, None, activation, dact_TI, arithmetic)
+    names = _first_projections(activation)
+    for name, dhalf_TI in zip(names, np.split(dhidden_TU, len(names), axis=-1), strict=True):
+        dx_TD = dx_TD + _project_vjp(name, x_TD, parameters, dhalf_TI, grads, arithmetic)
+    return arithmetic.store(dx_TD), grads
+
+
+def moe(
+    x_TD: np.ndarray,
+    token_mask_T: np.ndarray,
+    parameters: Arrays,
+    config: MoEConfig,
+    *,
+    correction_bias_E: np.ndarray | None = None,
+    ids_TK: np.ndarray | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> MoETrace:
+    """The whole layer, with every stage on the way.
+
+    Args:
+        parameters: by the dotted names of `moebius.core.layout.moe`.
+        ids_TK: forced experts; None to route by the logits.
+    """
+    logits_TE, routing = gate(
+        x_TD,
+        _part(parameters, "gate"),
+        config,
+        correction_bias_E=correction_bias_E,
+        ids_TK=ids_TK,
+        arithmetic=arithmetic,
+    )
+    load_E = expert_load(routing.ids_TK, token_mask_T, config.n_routed_experts)
+    loss = aux_loss(routing.scores_TE, load_E, token_mask_T, config.n_activated_experts, arithmetic)
+    has_latent = config.moe_latent_size is not None
+    latent_TD = _project("fc1_latent_proj", x_TD, parameters, arithmetic) if has_latent else x_TD
+    trace = experts(
+        latent_TD,
+        token_mask_T,
+        routing.weights_TK,
+        routing.ids_TK,
+        _part(parameters, "experts"),
+        config,
+        arithmetic,
+    )
+    y_TD = _project("fc2_latent_proj", trace.y_TD, parameters, arithmetic) if has_latent else trace.y_TD
+    shared_TD = np.zeros_like(y_TD)
+    if config.n_shared_experts:
+        shared_TD = shared_experts(x_TD, parameters, config, arithmetic)
+        y_TD = arithmetic.store(y_TD + shared_TD)
+    return MoETrace(
+        logits_TE=logits_TE,
+        routing=routing,
+        load_E=load_E,
+        aux_loss=loss,
+        latent_TD=latent_TD,
+        experts=trace,
+        shared_TD=shared_TD,
+        y_TD=y_TD,
+    )
+
+
+def moe_vjp(
+    trace: MoETrace,
+    x_TD: np.ndarray,
+    token_mask_T: np.ndarray,
+    parameters: Arrays,
+    config: MoEConfig,
+    dy_TD: np.ndarray,
+    *,
+    correction_bias_E: np.ndarray | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(dx_TD, gradient of every parameter), the auxiliary loss with its coefficient included."""
+    grads: dict[str, np.ndarray] = {}
+    dx_TD = np.zeros_like(x_TD)
+    dlatent_TD = dy_TD
+    if config.n_shared_experts:
+        dx_TD, grads = shared_experts_vjp(x_TD, parameters, config, dy_TD, arithmetic)
+    if config.moe_latent_size is not None:
+        dlatent_TD = _project_vjp("fc2_latent_proj", trace.experts.y_TD, parameters, dy_TD, grads, arithmetic)
+    dlatent_TD, dweights_TK, expert_grads = experts_vjp(
+        trace.experts, _part(parameters, "experts"), config, dlatent_TD, arithmetic
+    )
+    grads |= {f"experts.{name}": value for name, value in expert_grads.items()}
+    if config.moe_latent_size is not None:
+        dlatent_TD = _project_vjp("fc1_latent_proj", x_TD, parameters, dlatent_TD, grads, arithmetic)
+    dscores_TE = aux_loss_vjp(
+        trace.routing.scores_TE, trace.load_E, token_mask_T, config.n_activated_experts, config.aux_loss_coeff
+    )
+    dgate_TD, gate_grads = gate_vjp(
+        x_TD,
+        trace.logits_TE,
+        trace.routing.ids_TK,
+        _part(parameters, "gate"),
+        config,
+        dweights_TK,
+        dscores_TE,
+        correction_bias_E=correction_bias_E,
+        arithmetic=arithmetic,
+    )
+    grads |= {f"gate.{name}": value for name, value in gate_grads.items()}
+    return arithmetic.store(arithmetic.store(dx_TD + dlatent_TD) + dgate_TD), grads
+
+
+def _shared_stages(
+    x_TD: np.ndarray, parameters: Arrays, config: MoEConfig, arithmetic: Arithmetic
+) -> tuple[Activation, np.ndarray, np.ndarray, np.ndarray]:
+    """(activation, hidden_TU, act_TI, out_TD) of the shared experts' MLP."""
+    activation = activations.resolve(config.shared_expert_activation, config)
+    halves = [_project(name, x_TD, parameters, arithmetic) for name in _first_projections(activation)]
+    hidden_TU = np.concatenate(halves, axis=-1)
+    act_TI = activate(hidden_TU, None, activation, arithmetic)
+    return activation, hidden_TU, act_TI, _project("shared_experts.down_proj", act_TI, parameters, arithmetic)
+
+
+def _first_projections(activation: Activation) -> tuple[str, ...]:
+    up = "shared_experts.up_proj"
+    return ("shared_experts.gate_proj", up) if activation.gated else (up,)
+
+
+def _project(name: str, x_TD: np.ndarray, parameters: Arrays, arithmetic: Arithmetic) -> np.ndarray:
+    return linear(x_TD, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"), arithmetic)
+
+
+def _project_vjp(
+    name: str,
+    x_TD: np.ndarray,
+    parameters: Arrays,
+    dout_TF: np.ndarray,
+    grads: dict[str, np.ndarray],
+    arithmetic: Arithmetic,
+) -> np.ndarray:
+    """dx_TD of one dense projection; puts its parameters' gradients into `grads`."""
+    dx_TD, grads[f"{name}.weight"], dbias_F = linear_vjp(x_TD, parameters[f"{name}.weight"], dout_TF, arithmetic)
+    if f"{name}.bias" in parameters:
+        grads[f"{name}.bias"] = dbias_F
+    return dx_TD
+
+
+def _part(parameters: Arrays, prefix: str) -> dict[str, np.ndarray]:
+    cut = len(prefix) + 1
+    return {name[cut:]: value for name, value in parameters.items() if name.startswith(prefix + ".")}
+
+
+def _sigmoid(value: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + np.tanh(0.5 * value))

@@ -1,0 +1,206 @@
+"""Step 2, logits to experts and weights, with the load and the losses that balance it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moebius.core.config import MoEConfig
+from moebius.core.precision import EXACT, Arithmetic
+from moebius.core.routing import NORM_EPSILON, RoutingRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What the router decided.
+
+    Attributes:
+        weights_TK: routing weights.
+        ids_TK: int32, the experts, best first.
+        scores_TE: every expert's score, normalised like the weights but not scaled; the auxiliary loss reads it.
+    """
+
+    weights_TK: np.ndarray
+    ids_TK: np.ndarray
+    scores_TE: np.ndarray
+
+
+def route(
+    logits_TE: np.ndarray,
+    config: MoEConfig,
+    *,
+    correction_bias_E: np.ndarray | None = None,
+    ids_TK: np.ndarray | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> Routing:
+    """Choose K experts for each token and weight them, by the config's routing rule.
+
+    Args:
+        ids_TK: forced experts; the weights are still taken from the live scores. None to choose.
+    """
+    rule = config.routing_rule
+    score_TE = _score(logits_TE, rule, arithmetic)
+    if ids_TK is None:
+        ids_TK = _top_k(_choice(logits_TE, score_TE, config, correction_bias_E), config.n_activated_experts)
+    chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E, arithmetic)
+    if config.norm_topk_prob and config.n_activated_experts > 1:
+        chosen_TK = _normalised(chosen_TK, arithmetic)
+        scores_TE = _normalised(scores_TE, arithmetic)
+    weights_TK = arithmetic.curve(chosen_TK * config.route_scale)
+    return Routing(weights_TK=weights_TK, ids_TK=ids_TK.astype(np.int32), scores_TE=scores_TE)
+
+
+def route_vjp(
+    logits_TE: np.ndarray,
+    config: MoEConfig,
+    ids_TK: np.ndarray,
+    dweights_TK: np.ndarray,
+    dscores_TE: np.ndarray | None = None,
+    *,
+    correction_bias_E: np.ndarray | None = None,
+    arithmetic: Arithmetic = EXACT,
+) -> np.ndarray:
+    """Gradient of the logits; the choice itself (ids_TK) has none."""
+    rule = config.routing_rule
+    score_TE = _score(logits_TE, rule, arithmetic)
+    chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E, arithmetic)
+    dchosen_TK = dweights_TK * config.route_scale
+    dscores_TE = np.zeros_like(logits_TE) if dscores_TE is None else dscores_TE
+    if config.norm_topk_prob and config.n_activated_experts > 1:
+        dchosen_TK = _normalised_vjp(chosen_TK, dchosen_TK, arithmetic)
+        dscores_TE = _normalised_vjp(scores_TE, dscores_TE, arithmetic)
+    tokens = np.arange(len(logits_TE))[:, None]
+    dlogits_TE = np.zeros_like(logits_TE)
+    if rule.weights_from == "chosen_logits":
+        np.add.at(dlogits_TE, (tokens, ids_TK), _softmax_vjp(chosen_TK, dchosen_TK, arithmetic))
+        dscore_TE = dscores_TE
+    else:
+        dscore_TE = dscores_TE.copy()
+        np.add.at(dscore_TE, (tokens, ids_TK), dchosen_TK)
+    return arithmetic.curve(dlogits_TE + _score_vjp(logits_TE, score_TE, dscore_TE, rule, arithmetic))
+
+
+def expert_load(ids_TK: np.ndarray, token_mask_T: np.ndarray, n_experts: int) -> np.ndarray:
+    """Tokens that chose each expert, `[E]` int64; a token counts once however often it names an expert."""
+    load_E = np.zeros(n_experts, np.int64)
+    for token in np.flatnonzero(token_mask_T):
+        for expert in set(ids_TK[token].tolist()):
+            if 0 <= expert < n_experts:
+                load_E[expert] += 1
+    return load_E
+
+
+def aux_loss(
+    scores_TE: np.ndarray, load_E: np.ndarray, token_mask_T: np.ndarray, k: int, arithmetic: Arithmetic = EXACT
+) -> np.ndarray:
+    """Load-balancing loss: sum over experts of (load share x E) * mean score; 1 for uniform softmax routing.
+
+    Source: Fedus et al., Switch Transformers, arXiv:2101.03961, equation 4.
+    """
+    n = max(int(token_mask_T.sum()), 1)
+    share_E = load_E * load_E.shape[0] / (k * n)
+    mean_E = arithmetic.sum(np.where(token_mask_T[:, None], scores_TE, 0.0), axis=0) / n
+    return arithmetic.curve(arithmetic.sum(share_E * mean_E))
+
+
+def aux_loss_vjp(
+    scores_TE: np.ndarray, load_E: np.ndarray, token_mask_T: np.ndarray, k: int, dloss: float
+) -> np.ndarray:
+    """Gradient of the scores; the load is a count and has none."""
+    n = max(int(token_mask_T.sum()), 1)
+    share_E = load_E * load_E.shape[0] / (k * n)
+    return np.where(token_mask_T[:, None], dloss * share_E / n, 0.0)
+
+
+def updated_correction_bias(bias_E: np.ndarray, load_E: np.ndarray, factor: float) -> np.ndarray:
+    """The correction bias one step on: up for experts below the mean load, down for those above.
+
+    Source: Wang et al., Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664.
+    """
+    return bias_E + factor * np.sign(load_E.mean() - load_E)
+
+
+def _score(logits_TE: np.ndarray, rule: RoutingRule, arithmetic: Arithmetic) -> np.ndarray:
+    if rule.score == "softmax":
+        return _softmax(logits_TE, arithmetic)
+    if rule.score == "sigmoid":
+        return arithmetic.curve(_sigmoid(logits_TE))
+    return arithmetic.curve(np.sqrt(np.logaddexp(0.0, logits_TE)))
+
+
+def _score_vjp(
+    logits_TE: np.ndarray, score_TE: np.ndarray, dscore_TE: np.ndarray, rule: RoutingRule, arithmetic: Arithmetic
+) -> np.ndarray:
+    if rule.score == "softmax":
+        return _softmax_vjp(score_TE, dscore_TE, arithmetic)
+    if rule.score == "sigmoid":
+        return dscore_TE * score_TE * (1.0 - score_TE)
+    return dscore_TE * _sigmoid(logits_TE) / (2.0 * score_TE)
+
+
+def _choice(
+    logits_TE: np.ndarray, score_TE: np.ndarray, config: MoEConfig, correction_bias_E: np.ndarray | None
+) -> np.ndarray:
+    """What the top K are taken of."""
+    rule = config.routing_rule
+    bias_E = correction_bias_E if rule.uses_bias else None
+    grouped = rule.group_fill is not None and config.n_expert_groups > 1
+    if bias_E is None and not grouped:
+        return logits_TE
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    if not grouped:
+        return choice_TE
+    n_tokens, groups = len(choice_TE), config.n_expert_groups
+    choice_TGM = choice_TE.reshape(n_tokens, groups, -1)
+    best = 1 if rule.group_score == "max_unless_bias" and bias_E is None else 2
+    group_TG = np.sort(choice_TGM, axis=-1)[..., -best:].sum(-1)
+    kept_TL = _top_k(group_TG, config.n_limited_groups)
+    kept_TG = np.zeros((n_tokens, groups), bool)
+    kept_TG[np.arange(n_tokens)[:, None], kept_TL] = True
+    return np.where(kept_TG[:, :, None], choice_TGM, rule.group_fill).reshape(n_tokens, -1)
+
+
+def _top_k(choice_TE: np.ndarray, k: int) -> np.ndarray:
+    """The k best, best first; ties to the lowest id, -0 equal to +0, NaN last."""
+    ranked_TE = np.where(np.isnan(choice_TE), -np.inf, np.where(choice_TE == 0, 0.0, choice_TE))
+    return np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :k]
+
+
+def _before_norm(
+    logits_TE: np.ndarray,
+    score_TE: np.ndarray,
+    ids_TK: np.ndarray,
+    rule: RoutingRule,
+    correction_bias_E: np.ndarray | None,
+    arithmetic: Arithmetic,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
+    if rule.weights_from == "chosen_logits":
+        return _softmax(np.take_along_axis(logits_TE, ids_TK, axis=-1), arithmetic), score_TE
+    if rule.weights_from == "biased_scores" and correction_bias_E is not None:
+        score_TE = score_TE + correction_bias_E
+    return np.take_along_axis(score_TE, ids_TK, axis=-1), score_TE
+
+
+def _normalised(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    return arithmetic.curve(value / (arithmetic.sum(value, axis=-1, keepdims=True) + NORM_EPSILON))
+
+
+def _normalised_vjp(value: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    total = value.sum(-1, keepdims=True) + NORM_EPSILON
+    mean = arithmetic.sum(grad * (value / total), axis=-1, keepdims=True)
+    return arithmetic.curve(grad - mean) / total
+
+
+def _softmax(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    power = arithmetic.curve(np.exp(value - value.max(-1, keepdims=True)))
+    return arithmetic.curve(power / power.sum(-1, keepdims=True))
+
+
+def _softmax_vjp(softmax: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    return softmax * (grad - arithmetic.sum(grad * softmax, axis=-1, keepdims=True))
+
+
+def _sigmoid(value: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + np.tanh(0.5 * value))

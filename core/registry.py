@@ -1,0 +1,160 @@
+"""Backends: asked before, never replaced.
+
+A backend is one row: an operation, a name, a loader, what it needs, and `supports(problem)`, which returns None or the
+reason it cannot serve. A name means that backend or an error; None means the first in declared order that is
+available and supports the problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from moebius.core.errors import BackendUnavailable, ConfigError, Unsupported
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What a backend is asked to compute.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: of rows and weights.
+        dim: D. inter_dim: I. n_experts: e, experts held here.
+        capability: CUDA compute capability; None elsewhere.
+        ranks: expert-parallel ranks.
+    """
+
+    device: str
+    dtype: str
+    dim: int
+    inter_dim: int
+    n_experts: int
+    capability: tuple[int, int] | None = None
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.dtype} on {self.device}, D={self.dim}, I={self.inter_dim}, {self.n_experts} experts"
+
+
+def _serves_all(problem: Problem) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One row of a registry.
+
+    Attributes:
+        operation: what it computes, e.g. "grouped_matmul".
+        name: what a user writes.
+        load: returns the implementation; called once, at first use.
+        needs: packages that must be importable.
+        supports: None where the backend serves the problem, else the reason in words.
+        only_when_named: never chosen by default.
+        reads_host: fetches device values to the host in each call.
+        note: one line for the table of `explain`.
+    """
+
+    operation: str
+    name: str
+    load: Callable[[], Any]
+    needs: tuple[str, ...] = ()
+    supports: Callable[[Problem], str | None] = _serves_all
+    only_when_named: bool = False
+    reads_host: bool = False
+    note: str = ""
+
+    def missing(self) -> str | None:
+        """Why the backend cannot be loaded here, in words; None where it can."""
+        absent = [package for package in self.needs if _absent(package)]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+
+@cache
+def _absent(package: str) -> bool:
+    return find_spec(package) is None
+
+
+@dataclass
+class Registry:
+    """The backends of one operation of one frontend, in the order in which None tries them.
+
+    Attributes:
+        frontend: for messages, e.g. "moebius.torch_frontend".
+        operation: what all rows compute.
+    """
+
+    frontend: str
+    operation: str
+    _rows: dict[str, Backend] = field(default_factory=dict)
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, **row: Any) -> None:
+        """Declare a backend; the order of declaration is the order of choice."""
+        backend = Backend(operation=self.operation, **row)
+        if backend.name in self._rows:
+            raise ConfigError(
+                f"a second {self.operation} backend {backend.name!r}", "one of that name", "name it otherwise"
+            )
+        self._rows[backend.name] = backend
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in declared order."""
+        return tuple(self._rows)
+
+    def __getitem__(self, name: str) -> Backend:
+        """The row of that name."""
+        return self._rows[name]
+
+    def choose(self, name: str | None, problem: Problem) -> Backend:
+        """The backend that `name` means for `problem`.
+
+        Args:
+            name: a declared name, or None for the first that is available and supports the problem.
+        Raises:
+            ConfigError: no backend of that name.
+            BackendUnavailable: it needs a package that is not here.
+            Unsupported: it cannot serve this problem, or with None no backend can.
+        """
+        if name is None:
+            return self._first(problem)
+        asked = f"{self.operation} backend {name!r} of {self.frontend} for {problem}"
+        if name not in self._rows:
+            raise ConfigError(asked, f"the backends {self.names}", "name one of them, or None to choose")
+        backend = self._rows[name]
+        missing = backend.missing()
+        if missing is not None:
+            raise BackendUnavailable(asked, missing, "install it, or name another backend")
+        reason = backend.supports(problem)
+        if reason is not None:
+            raise Unsupported(asked, reason, f"name another of {self.names}, or None to choose")
+        return backend
+
+    def implementation(self, backend: Backend) -> Any:
+        """The loaded implementation of a row of this registry."""
+        if backend.name not in self._loaded:
+            self._loaded[backend.name] = backend.load()
+        return self._loaded[backend.name]
+
+    def explain(self, problem: Problem) -> list[tuple[str, str]]:
+        """(name, "chosen", "available", or the reason against) of every backend, in declared order."""
+        rows, chosen = [], False
+        for backend in self._rows.values():
+            reason = backend.missing() or backend.supports(problem)
+            state = reason or ("available when named" if backend.only_when_named else "available")
+            if reason is None and not chosen and not backend.only_when_named:
+                state, chosen = "chosen", True
+            rows.append((backend.name, state))
+        return rows
+
+    def _first(self, problem: Problem) -> Backend:
+        for backend in self._rows.values():
+            if not backend.only_when_named and backend.missing() is None and backend.supports(problem) is None:
+                return backend
+        reasons = "; ".join(f"{name}: {state}" for name, state in self.explain(problem))
+        raise Unsupported(f"{self.operation} of {self.frontend} for {problem}", reasons, "change the dtype or install")
