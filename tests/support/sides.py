@@ -1,0 +1,215 @@
+"""One way to call both frontends from a test: NumPy float64 in, NumPy float64 out.
+
+A side is a frontend with a backend. Inputs are first rounded to the dtype under test, so the reference sees exactly
+what the side sees.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moebius.core import MoEConfig, layout, reference
+from moebius.core.precision import EXACT, Arithmetic
+from moebius.core.tolerance import Bound, bounds, within
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Inputs of one call of `experts`, in float64 and exact in `dtype`. Compared and hashed by identity."""
+
+    config: MoEConfig
+    x: np.ndarray
+    token_mask: np.ndarray
+    weights: np.ndarray
+    ids: np.ndarray
+    parameters: Mapping[str, np.ndarray]
+    dy: np.ndarray
+    dtype: str = "float32"
+    weights_dtype: str = "float32"
+    param_dtype: str | None = None
+
+    def but(self, **changes: Any) -> Problem:
+        """The problem with some inputs replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A frontend ("torch" or "jax") with the grouped matmul's backend."""
+
+    framework: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.framework}-{self.backend}"
+
+    @property
+    def module(self) -> Any:
+        """The frontend."""
+        return importlib.import_module(f"moebius.{self.framework}_frontend")
+
+    def array(self, value: Any, dtype: str | None = None) -> Any:
+        """`value` as this framework's array."""
+        return (_torch_array if self.framework == "torch" else _jax_array)(np.asarray(value), dtype)
+
+    def numpy(self, value: Any) -> np.ndarray:
+        """This framework's array as float64, or as it is for integers and bool."""
+        if self.framework == "torch":
+            value = value.detach()
+            return (value.double() if value.is_floating_point() else value).numpy()
+        array = np.asarray(value)
+        return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+    def context(self, dtype: str) -> Any:
+        """Where float64 needs a switch, the context that has it on."""
+        if self.framework == "jax" and dtype == "float64":
+            import jax
+
+            return jax.enable_x64(True)
+        return nullcontext()
+
+    def serves(self, dtype: str) -> bool:
+        """Whether the backend takes this dtype on a CPU."""
+        return not (dtype == "float64" and self.backend == "grouped_mm")
+
+    def experts(self, p: Problem) -> Arrays:
+        """y, dx, dweights and each parameter's gradient under its name."""
+        with self.context(p.dtype):
+            return (_torch_experts if self.framework == "torch" else _jax_experts)(self, p)
+
+
+SIDES = (Side("torch", "loop"), Side("torch", "grouped_mm"), Side("jax", "loop"), Side("jax", "ragged_dot"))
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def rounded(value: np.ndarray, dtype: str) -> np.ndarray:
+    """`value` rounded to `dtype`, as float64."""
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    return np.asarray(value).astype(kind).astype(np.float64)
+
+
+def problem(
+    *,
+    tokens: int = 12,
+    dim: int = 16,
+    inter: int = 8,
+    n_experts: int = 4,
+    k: int = 2,
+    dtype: str = "float32",
+    seed: int = 0,
+    **config: Any,
+) -> Problem:
+    """A random problem: about a fifth of the tokens masked, some ids without a route, normal values."""
+    rng = np.random.default_rng(seed)
+    c = MoEConfig(
+        n_routed_experts=n_experts,
+        n_activated_experts=k,
+        dim=dim,
+        moe_inter_dim=inter,
+        dtype=dtype,
+        **{"activation_limit": 1.0, **config},
+    )
+    ids = np.argsort(rng.random((tokens, n_experts)), axis=-1)[:, :k].astype(np.int64)
+    parameters = {
+        row.name: rounded(rng.normal(size=row.shape) * (0.5 if row.zeros else 1 / np.sqrt(row.shape[1])), dtype)
+        for row in layout.experts(c)
+    }
+    return Problem(
+        config=c,
+        x=rounded(rng.normal(size=(tokens, dim)), dtype),
+        token_mask=rng.random(tokens) < 0.8,
+        weights=rounded(rng.random((tokens, k)) + 0.1, "float32"),
+        ids=ids,
+        parameters=parameters,
+        dy=rounded(rng.normal(size=(tokens, dim)), dtype),
+        dtype=dtype,
+        weights_dtype="float64" if dtype == "float64" else "float32",
+    )
+
+
+def reference_experts(p: Problem, arithmetic: Arithmetic = EXACT) -> Arrays:
+    """The float64 reference's answer to the same problem."""
+    trace = reference.experts(p.x, p.token_mask, p.weights, p.ids, p.parameters, p.config, arithmetic)
+    dx, dweights, grads = reference.experts_vjp(trace, p.parameters, p.config, p.dy, arithmetic)
+    return {"y": trace.y_TD, "dx": dx, "dweights": dweights, **grads}
+
+
+@cache
+def expected(p: Problem) -> tuple[Arrays, dict[str, Bound]]:
+    """The reference's answer with its bounds; kept, since every side asks for the same."""
+    exact = reference_experts(p)
+    return exact, bounds(lambda arithmetic: reference_experts(p, arithmetic), exact, p.dtype)
+
+
+@cache
+def cached_problem(**settings: Any) -> Problem:
+    """`problem`, the same object for the same settings."""
+    return problem(**settings)
+
+
+def assert_correct(side: Side, p: Problem) -> Arrays:
+    """Run `side` on `p` and hold the output and every gradient against the reference; returns what it computed."""
+    exact, limits = expected(p)
+    found = side.experts(p)
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert value.shape == exact[name].shape, name
+        assert within(value, exact[name], limits[name]), _miss(side, name, value, exact[name], limits[name])
+    return found
+
+
+def _miss(side: Side, name: str, value: np.ndarray, exact: np.ndarray, bound: Bound) -> str:
+    difference = np.abs(value - exact)
+    norm, largest = np.linalg.norm(difference), difference.max()
+    return f"{side} {name}: norm {norm:.3g} of {bound.norm:.3g}, largest {largest:.3g} of {bound.largest:.3g}"
+
+
+def _torch_array(value: np.ndarray, dtype: str | None) -> Any:
+    import torch
+
+    tensor = torch.from_numpy(np.ascontiguousarray(value))
+    return tensor if dtype is None else tensor.to(getattr(torch, dtype))
+
+
+def _jax_array(value: np.ndarray, dtype: str | None) -> Any:
+    import jax.numpy as jnp
+
+    if dtype is None and value.dtype == np.int64:
+        dtype = "int32"
+    return jnp.asarray(value, dtype)
+
+
+def _torch_experts(side: Side, p: Problem) -> Arrays:
+    parameters = {n: side.array(v, p.param_dtype or p.dtype).requires_grad_() for n, v in p.parameters.items()}
+    x = side.array(p.x, p.dtype).requires_grad_()
+    weights = side.array(p.weights, p.weights_dtype).requires_grad_()
+    ids, mask = side.array(p.ids), side.array(p.token_mask)
+    y = side.module.experts(parameters, x, mask, weights, ids, config=p.config, backend=side.backend)
+    y.backward(side.array(p.dy, p.dtype))
+    grads = {name: value.grad for name, value in parameters.items()}
+    return {n: side.numpy(v) for n, v in {"y": y, "dx": x.grad, "dweights": weights.grad, **grads}.items()}
+
+
+def _jax_experts(side: Side, p: Problem) -> Arrays:
+    import jax
+
+    parameters = {n: side.array(v, p.param_dtype or p.dtype) for n, v in p.parameters.items()}
+    x, weights = side.array(p.x, p.dtype), side.array(p.weights, p.weights_dtype)
+    ids, mask = side.array(p.ids), side.array(p.token_mask)
+
+    def run(parameters: Any, x: Any, weights: Any) -> Any:
+        return side.module.experts(parameters, x, mask, weights, ids, config=p.config, backend=side.backend)
+
+    y, pullback = jax.vjp(run, parameters, x, weights)
+    grads, dx, dweights = pullback(side.array(p.dy, p.dtype))
+    return {n: side.numpy(v) for n, v in {"y": y, "dx": dx, "dweights": dweights, **grads}.items()}

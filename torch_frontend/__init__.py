@@ -1,0 +1,46 @@
+"""moebius for PyTorch: the layer as modules, and each of its steps as a function of tensors.
+
+The files carry the names of the steps and are those of `moebius.jax_frontend`, so that what holds for one can be
+looked up in the other. The meaning of every step is in `moebius.core`; here it is said in PyTorch.
+"""
+
+if __name__ != "moebius.torch_frontend":
+    raise ImportError(f"this folder is the package moebius.torch_frontend; import it by that name, not as {__name__!r}")
+
+from moebius.torch_frontend.activate import activate
+from moebius.torch_frontend.bias import add_bias
+from moebius.torch_frontend.dispatch import Dispatcher, Local, Sent
+from moebius.torch_frontend.experts import GroupedExperts, experts
+from moebius.torch_frontend.gate import FakeBalancedGate, Gate
+from moebius.torch_frontend.matmul import grouped_matmul, linear
+from moebius.torch_frontend.moe import MoE, SharedExperts
+from moebius.torch_frontend.permute import Permuted, PermuteState, permute, unpermute
+from moebius.torch_frontend.route import Routing, aux_loss, expert_load, route, updated_correction_bias
+from moebius.torch_frontend.weights import load_parameters, parameters
+
+__all__ = [
+    "Dispatcher",
+    "FakeBalancedGate",
+    "Gate",
+    "GroupedExperts",
+    "Local",
+    "MoE",
+    "PermuteState",
+    "Permuted",
+    "Routing",
+    "Sent",
+    "SharedExperts",
+    "activate",
+    "add_bias",
+    "aux_loss",
+    "expert_load",
+    "experts",
+    "grouped_matmul",
+    "linear",
+    "load_parameters",
+    "parameters",
+    "permute",
+    "route",
+    "unpermute",
+    "updated_correction_bias",
+]

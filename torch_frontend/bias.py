@@ -1,0 +1,32 @@
+"""Steps 5 and 7: each expert's bias, on the way down times the routing weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moebius.torch_frontend.dtypes import accumulate_dtype
+
+
+def add_bias(
+    out_RF: Tensor, bias_eF: Tensor | None, row_experts_R: Tensor, row_weights_R: Tensor | None = None
+) -> Tensor:
+    """out + bias of the row's expert, times the row's weight where weights are given; rounded once.
+
+    Spec: core.reference.add_bias.
+
+    Args:
+        out_RF: [R, F] rows sorted by expert.
+        bias_eF: [e, F], dtype of out_RF, or None to add nothing.
+        row_experts_R: [R] int32, each row's expert; e in padding rows, which get no bias.
+        row_weights_R: [R] routing weights, None for ones.
+    Returns:
+        [R, F], dtype of out_RF; `out_RF` itself without a bias.
+    """
+    if bias_eF is None:
+        return out_RF
+    accumulate = accumulate_dtype(out_RF.dtype)
+    bias_RF = pad(bias_eF.to(accumulate), (0, 0, 0, 1)).index_select(0, row_experts_R)
+    if row_weights_R is not None:
+        bias_RF = bias_RF * row_weights_R[:, None]
+    return (out_RF.to(accumulate) + bias_RF).to(out_RF.dtype)

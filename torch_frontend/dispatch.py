@@ -1,0 +1,64 @@
+"""Steps 3 and 9: tokens to the ranks that hold their experts, and back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moebius.core.registry import Problem, Registry
+from moebius.torch_frontend.dtypes import accumulate_dtype
+
+
+class Sent(NamedTuple):
+    """What this rank has to compute.
+
+    Attributes:
+        x_SD: tokens. weights_SK: routing weights, promote_types(x.dtype, float32).
+        ids_SK: int32, counted from this rank's first expert; e stands for no route.
+    """
+
+    x_SD: Tensor
+    weights_SK: Tensor
+    ids_SK: Tensor
+
+
+class Dispatcher(Protocol):
+    """Moves tokens to the ranks that hold their experts. State is returned, never stored."""
+
+    def dispatch(
+        self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, token_mask_T: Tensor, n_experts: int
+    ) -> tuple[Sent, Any]:
+        """Tokens, weights and local ids for this rank, and the state that `combine` takes."""
+        ...
+
+    def combine(self, y_SD: Tensor, state: Any) -> Tensor:
+        """[T, D]: each of this rank's tokens, summed over the ranks."""
+        ...
+
+
+class Local:
+    """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
+
+    def dispatch(
+        self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, token_mask_T: Tensor, n_experts: int
+    ) -> tuple[Sent, None]:
+        """Promote the weights; a masked token, -1 and any id outside [0, n_experts) becomes n_experts: no route."""
+        here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
+        # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
+        ids_TK = torch.where(here_TK, ids_TK, n_experts).to(torch.int32)
+        return Sent(x_TD, weights_TK.to(accumulate_dtype(x_TD.dtype)), ids_TK), None
+
+    def combine(self, y_SD: Tensor, state: None) -> Tensor:
+        """`y_SD` itself."""
+        return y_SD
+
+
+def _not_over_ranks(problem: Problem) -> str | None:
+    return None if problem.ranks == 1 else f"experts over {problem.ranks} ranks are not built yet"
+
+
+DISPATCHERS = Registry("moebius.torch_frontend", "dispatch")
+DISPATCHERS.add(name="local", load=lambda: Local, supports=_not_over_ranks, note="one rank")
+DISPATCHERS.add(name="allgather", load=lambda: Local, supports=_not_over_ranks, note="one rank: the same as local")

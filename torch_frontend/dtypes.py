@@ -1,0 +1,24 @@
+"""dtypes of this framework for the names that core uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moebius.core import precision
+
+
+def as_dtype(dtype: Any) -> torch.dtype:
+    """The torch.dtype of a name, or of any framework's dtype object.
+
+    Raises:
+        ConfigError: not one of the four floating dtypes.
+    """
+    found: torch.dtype = getattr(torch, precision.dtype_name(dtype))
+    return found
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """promote_types(dtype, float32): where sums, activations and weights are computed."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,159 @@
+"""Step 2: logits to experts and weights, with the load and the losses that balance it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebius.core.config import MoEConfig
+from moebius.core.routing import NORM_EPSILON, RoutingRule
+from moebius.torch_frontend.dtypes import accumulate_dtype
+
+
+class Routing(NamedTuple):
+    """What the router decided.
+
+    Attributes:
+        weights_TK: routing weights, promote_types(logits.dtype, float32).
+        ids_TK: int32, the experts, best first.
+        scores_TE: every expert's score, normalised like the weights but not scaled; the auxiliary loss reads it.
+    """
+
+    weights_TK: Tensor
+    ids_TK: Tensor
+    scores_TE: Tensor
+
+
+def route(
+    logits_TE: Tensor,
+    config: MoEConfig,
+    *,
+    correction_bias_E: Tensor | None = None,
+    ids_TK: Tensor | None = None,
+) -> Routing:
+    """Choose K experts for each token and weight them, by the config's routing rule.
+
+    Spec: core.reference.route. Equal logits give equal routing in both frontends, the lowest id winning a tie; a
+    rule with a correction bias or groups chooses by scores, whose exp() may round differently in the last place.
+
+    Args:
+        logits_TE: [T, E], any floating dtype; computed in promote_types(dtype, float32).
+        config: names the rule, K, groups, normalisation and scale.
+        correction_bias_E: [E], added to the scores for the choice alone.
+        ids_TK: [T, K] forced experts; the weights are still taken from the live scores. None to choose.
+    """
+    rule = config.routing_rule
+    logits_TE = logits_TE.to(accumulate_dtype(logits_TE.dtype))
+    score_TE = _score(logits_TE, rule)
+    if ids_TK is None:
+        choice_TE = _choice(logits_TE.detach(), score_TE.detach(), config, correction_bias_E)
+        ids_TK = _top_k(choice_TE, config.n_activated_experts)
+    chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK.long(), rule, correction_bias_E)
+    if config.norm_topk_prob and config.n_activated_experts > 1:
+        chosen_TK = _normalised(chosen_TK)
+        scores_TE = _normalised(scores_TE)
+    return Routing(chosen_TK * config.route_scale, ids_TK.to(torch.int32), scores_TE)
+
+
+def expert_load(ids_TK: Tensor, token_mask_T: Tensor, n_experts: int) -> Tensor:
+    """Tokens that chose each expert; a token counts once however often it names an expert.
+
+    Spec: core.reference.expert_load.
+
+    Returns:
+        [n_experts] int32. Unit: tokens.
+    """
+    here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
+    chosen_TE = torch.zeros(len(ids_TK), n_experts + 1, dtype=torch.bool, device=ids_TK.device)
+    chosen_TE.scatter_(1, torch.where(here_TK, ids_TK, n_experts).long(), True)
+    return chosen_TE[:, :n_experts].sum(0, dtype=torch.int32)
+
+
+def aux_loss(scores_TE: Tensor, load_E: Tensor, token_mask_T: Tensor, k: int) -> Tensor:
+    """Load-balancing loss, a scalar in scores' dtype; 1 for uniform softmax routing. Not scaled by a coefficient.
+
+    Spec: core.reference.aux_loss. Source: Switch Transformers, arXiv:2101.03961, equation 4.
+    """
+    n = token_mask_T.sum().clamp(min=1).to(scores_TE.dtype)
+    share_E = load_E.to(scores_TE.dtype) * load_E.shape[0] / (k * n)
+    mean_E = torch.where(token_mask_T[:, None], scores_TE, 0.0).sum(0) / n
+    return (share_E * mean_E).sum()
+
+
+def attach_aux_loss(weights_TK: Tensor, loss: Tensor, scale: float) -> Tensor:
+    """`weights_TK` unchanged; in backward `loss` receives the gradient `scale`, whatever the weights receive."""
+    attached: Tensor = _AttachAuxLoss.apply(weights_TK, loss, scale)
+    return attached
+
+
+def updated_correction_bias(bias_E: Tensor, load_E: Tensor, factor: float) -> Tensor:
+    """The correction bias one step on: up for experts below the mean load, down for those above.
+
+    Spec: core.reference.updated_correction_bias. Source: arXiv:2408.15664.
+    """
+    load_E = load_E.to(bias_E.dtype)
+    return bias_E + factor * torch.sign(load_E.mean() - load_E)
+
+
+class _AttachAuxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(weights_TK: Tensor, loss: Tensor, scale: float) -> Tensor:
+        return weights_TK.view_as(weights_TK)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, loss, ctx.scale = inputs
+        ctx.like = (loss.dtype, loss.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        dtype, device = ctx.like
+        return grads[0], torch.full((), ctx.scale, dtype=dtype, device=device), None
+
+
+def _score(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
+    if rule.score == "softmax":
+        return torch.softmax(logits_TE, dim=-1)
+    if rule.score == "sigmoid":
+        return torch.sigmoid(logits_TE)
+    return torch.sqrt(torch.logaddexp(logits_TE, torch.zeros_like(logits_TE)))
+
+
+def _choice(logits_TE: Tensor, score_TE: Tensor, config: MoEConfig, correction_bias_E: Tensor | None) -> Tensor:
+    """What the top K are taken of."""
+    rule = config.routing_rule
+    bias_E = correction_bias_E if rule.uses_bias else None
+    if rule.group_fill is None or config.n_expert_groups <= 1:
+        return logits_TE if bias_E is None else score_TE + bias_E
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    choice_TGM = choice_TE.unflatten(-1, (config.n_expert_groups, -1))
+    best = 1 if rule.group_score == "max_unless_bias" and bias_E is None else min(2, choice_TGM.shape[-1])
+    group_TG = choice_TGM.topk(best, dim=-1).values.sum(-1)
+    kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+    kept_TG.scatter_(1, _top_k(group_TG, config.n_limited_groups), True)
+    return torch.where(kept_TG[..., None], choice_TGM, rule.group_fill).flatten(-2)
+
+
+def _top_k(choice_TE: Tensor, k: int) -> Tensor:
+    """[T, k] int64, best first; ties to the lowest id, -0 equal to +0, NaN last."""
+    ranked_TE = torch.where(choice_TE == 0, 0.0, choice_TE)
+    ranked_TE = torch.where(ranked_TE.isnan(), -torch.inf, ranked_TE)
+    # A stable sort, because torch.topk orders ties arbitrarily.
+    return ranked_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def _before_norm(
+    logits_TE: Tensor, score_TE: Tensor, ids_TK: Tensor, rule: RoutingRule, correction_bias_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
+    if rule.weights_from == "chosen_logits":
+        return torch.softmax(logits_TE.gather(1, ids_TK), dim=-1), score_TE
+    if rule.weights_from == "biased_scores" and correction_bias_E is not None:
+        score_TE = score_TE + correction_bias_E
+    return score_TE.gather(1, ids_TK), score_TE
+
+
+def _normalised(value: Tensor) -> Tensor:
+    return value / (value.sum(-1, keepdim=True) + NORM_EPSILON)

@@ -1,0 +1,49 @@
+"""The canonical parameters of a module: drawing, reading and writing them by the names of core.layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moebius.core import checks
+from moebius.core.errors import CheckpointError
+from moebius.core.layout import Parameter
+
+
+@torch.no_grad()
+def draw(tensor: Tensor, parameter: Parameter, std: float = 0.02) -> None:
+    """Fill `tensor` in place: N(0, std) from torch's generator, or zeros for a bias. Meta tensors are left alone."""
+    if tensor.is_meta:
+        return
+    if parameter.zeros:
+        tensor.zero_()
+    else:
+        tensor.normal_(0.0, std)
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters and its correction bias by dotted name, detached, sharing memory with the module."""
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    named |= {name: value for name, value in module.named_buffers() if value is not None}
+    return {name: value.detach() for name, value in named.items()}
+
+
+@torch.no_grad()
+def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy `values` into the module's parameters, cast to their dtype; all of them or, on an error, none.
+
+    Raises:
+        CheckpointError: names are missing or unexpected; lists all of them.
+        ShapeError: a tensor does not have the layout's shape.
+    """
+    own = parameters(module)
+    missing, unexpected = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
+    if missing or unexpected:
+        found = f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
+        raise CheckpointError(f"the {len(own)} parameters of {type(module).__name__}", found, "pass exactly these")
+    for name, value in values.items():
+        checks.parameter(name, value, tuple(own[name].shape))
+    for name, value in values.items():
+        own[name].copy_(value)
