@@ -18,7 +18,7 @@ venv: ## make or update .venv; at once where nothing changed
 demo: venv ## the two frontends side by side, against the float64 reference
 	@$(PY) -m moebius.compare.demo
 
-test: lint test-core test-torch test-jax test-both test-docs ## everything below, in this order; the first failure stops
+test: lint test-core test-torch test-jax test-both test-docs ## lint and every test stage, in the order below; the first failure stops
 	@printf '\nall stages passed\n'
 
 lint: venv ## ruff, mypy, and who may import whom
@@ -29,7 +29,7 @@ lint: venv ## ruff, mypy, and who may import whom
 	$(call title,lint: mypy)
 	@$(PY) -m mypy -p moebius
 	$(call title,lint: import-linter)
-	@.venv/bin/lint-imports
+	@.venv/bin/lint-imports --no-logo
 
 test-core: ## core alone, where neither torch nor jax is installed
 	@.ci/venv core
