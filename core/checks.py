@@ -7,9 +7,13 @@ values and live with the frontends, behind `BackendConfig.checks`.
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from moebius.core.errors import DTypeError, ShapeError
+
+if TYPE_CHECKING:
+    from moebius.core.layout import Parameter
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
@@ -96,6 +100,21 @@ def grouped_matmul(rows: Any, weight: Any, group_sizes: Any) -> None:
             f"shape {tuple(group_sizes.shape)}",
             "give one size per expert",
         )
+
+
+def parameters(given: Mapping[str, Any], rows: Iterable[Parameter]) -> None:
+    """`given` holds every parameter of the layout, each in its shape.
+
+    Raises:
+        ShapeError: names are missing (lists all), or a shape differs.
+    """
+    rows = tuple(rows)
+    missing = [row.name for row in rows if row.name not in given]
+    if missing:
+        asked = f"parameters {', '.join(row.name for row in rows)}"
+        raise ShapeError(asked, f"no {', '.join(missing)}", "pass all of them, or change the config")
+    for row in rows:
+        parameter(row.name, given[row.name], row.shape)
 
 
 def parameter(name: str, array: Any, shape: tuple[int, ...]) -> None:

@@ -51,8 +51,7 @@ def experts(
     checks.tokens(x, config.expert_dim)
     checks.token_mask(token_mask, x.shape[0])
     checks.routes(weights, indices, x.shape[0])
-    for row in layout.experts(config):
-        checks.parameter(row.name, parameters[row.name], row.shape)
+    checks.parameters(parameters, layout.experts(config))
     check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
     p = {name: value.to(x.dtype) for name, value in parameters.items()}
     dispatcher = dispatcher or Local()

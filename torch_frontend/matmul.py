@@ -19,6 +19,9 @@ from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend.checks import check_group_sizes
 
 
+_ANY = ""  # operators take no optional string
+
+
 class Kernels(NamedTuple):
     """One backend of the grouped matmul.
 
@@ -50,8 +53,8 @@ def grouped_matmul(rows_RD: Tensor, weight_eDF: Tensor, group_sizes_e: Tensor, *
     """
     checks.grouped_matmul(rows_RD, weight_eDF, group_sizes_e)
     check_group_sizes(group_sizes_e, rows_RD.shape[0])
-    name = choose(backend, rows_RD, weight_eDF.shape).name
-    out_RF: Tensor = _product(rows_RD, weight_eDF, group_sizes_e, name)
+    # Resolved inside the operator, at run time, so that torch.compile does not trace the registry.
+    out_RF: Tensor = _product(rows_RD, weight_eDF, group_sizes_e, backend or _ANY)
     return out_RF
 
 
@@ -92,14 +95,15 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def _product(rows: Tensor, weight: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     if 0 in (rows.shape[0], weight.shape[0]):
         return rows.new_zeros(rows.shape[0], weight.shape[2])
-    return _kernels(backend).product(rows, weight, group_sizes)
+    return _kernels(backend, rows, weight.shape).product(rows, weight, group_sizes)
 
 
 @torch.library.custom_op("moebius::grouped_matmul_weight_gradient", mutates_args=())
 def _weight_gradient(rows: Tensor, dout: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     if 0 in (rows.shape[0], group_sizes.shape[0]):
         return rows.new_zeros(group_sizes.shape[0], rows.shape[1], dout.shape[1])
-    return _kernels(backend).weight_gradient(rows, dout, group_sizes)
+    shape = group_sizes.shape[0], rows.shape[1], dout.shape[1]
+    return _kernels(backend, rows, shape).weight_gradient(rows, dout, group_sizes)
 
 
 @_product.register_fake
@@ -137,8 +141,9 @@ _product.register_autograd(_product_backward, setup_context=_save)
 _weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)
 
 
-def _kernels(backend: str) -> Kernels:
-    kernels: Kernels = BACKENDS.implementation(BACKENDS[backend])
+def _kernels(backend: str, rows: Tensor, weight_shape: Any) -> Kernels:
+    chosen = choose(None if backend == _ANY else backend, rows, weight_shape)
+    kernels: Kernels = BACKENDS.implementation(chosen)
     return kernels
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moebius.core import MoEConfig, layout, reference
+from moebius.core import BackendConfig, MoEConfig, layout, reference
 from moebius.core.precision import EXACT, Arithmetic
 from moebius.core.tolerance import Bound, bounds, within
 
@@ -86,6 +86,25 @@ class Side:
         """y, dx, dweights and each parameter's gradient under its name."""
         with self.context(p.dtype):
             return (_torch_experts if self.framework == "torch" else _jax_experts)(self, p)
+
+    def layer(self, config: MoEConfig, values: Mapping[str, np.ndarray], **backend: Any) -> Any:
+        """An MoE of this frontend that holds `values`, in the dtypes of its own parameters."""
+        backend_config = BackendConfig(experts=self.backend, **backend)
+        if self.framework == "torch":
+            layer = self.module.MoE(config, backend_config)
+        else:
+            from flax import nnx
+
+            layer = self.module.MoE(config, backend_config, rngs=nnx.Rngs(0))
+        self.module.load_parameters(layer, {name: self.array(value, "float32") for name, value in values.items()})
+        return layer
+
+    def moe(self, layer: Any, x: np.ndarray, padding: np.ndarray | None, dy: np.ndarray, dtype: str) -> Arrays:
+        """y, dx and each parameter's gradient under its dotted name, of a layer made by `layer`."""
+        pad = None if padding is None else self.array(padding)
+        with self.context(dtype):
+            run = _torch_moe if self.framework == "torch" else _jax_moe
+            return run(self, layer, self.array(x, dtype), pad, self.array(dy, dtype))
 
 
 SIDES = (Side("torch", "loop"), Side("torch", "grouped_mm"), Side("jax", "loop"), Side("jax", "ragged_dot"))
@@ -201,15 +220,53 @@ def _torch_experts(side: Side, p: Problem) -> Arrays:
 
 
 def _jax_experts(side: Side, p: Problem) -> Arrays:
-    import jax
-
     parameters = {n: side.array(v, p.param_dtype or p.dtype) for n, v in p.parameters.items()}
     x, weights = side.array(p.x, p.dtype), side.array(p.weights, p.weights_dtype)
-    ids, mask = side.array(p.ids), side.array(p.token_mask)
-
-    def run(parameters: Any, x: Any, weights: Any) -> Any:
-        return side.module.experts(parameters, x, mask, weights, ids, config=p.config, backend=side.backend)
-
-    y, pullback = jax.vjp(run, parameters, x, weights)
-    grads, dx, dweights = pullback(side.array(p.dy, p.dtype))
+    ids, mask, dy = side.array(p.ids), side.array(p.token_mask), side.array(p.dy, p.dtype)
+    y, (grads, dx, dweights) = _jitted_experts(p.config, side.backend)(parameters, x, weights, mask, ids, dy)
     return {n: side.numpy(v) for n, v in {"y": y, "dx": dx, "dweights": dweights, **grads}.items()}
+
+
+@cache
+def _jitted_experts(config: MoEConfig, backend: str) -> Any:
+    """Compiled once per config: op by op, each new shape would compile dozens of small programs."""
+    import jax
+
+    from moebius.jax_frontend import experts
+
+    def run(parameters: Any, x: Any, weights: Any, mask: Any, ids: Any, dy: Any) -> Any:
+        def forward(parameters: Any, x: Any, weights: Any) -> Any:
+            return experts(parameters, x, mask, weights, ids, config=config, backend=backend)
+
+        y, pullback = jax.vjp(forward, parameters, x, weights)
+        return y, pullback(dy)
+
+    return jax.jit(run)
+
+
+def _torch_moe(side: Side, layer: Any, x: Any, padding: Any, dy: Any) -> Arrays:
+    x.requires_grad_()
+    layer.zero_grad()
+    y = layer(x, padding)
+    y.backward(dy)
+    grads = {name: value.grad for name, value in layer.named_parameters()}
+    return {name: side.numpy(value) for name, value in {"y": y, "dx": x.grad, **grads}.items()}
+
+
+def _jax_moe(side: Side, layer: Any, x: Any, padding: Any, dy: Any) -> Arrays:
+    import jax
+    from flax import nnx
+
+    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+    @jax.jit
+    def run(parameters: Any, rest: Any, x: Any, padding: Any, dy: Any) -> Any:
+        def forward(parameters: Any, x: Any) -> Any:
+            return nnx.merge(graph, parameters, rest, copy=True)(x, padding)
+
+        y, pullback = jax.vjp(forward, parameters, x)
+        return y, pullback(dy)
+
+    y, (dparameters, dx) = run(parameters, rest, x, padding, dy)
+    grads = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(dparameters)}
+    return {name: side.numpy(value) for name, value in {"y": y, "dx": dx, **grads}.items()}

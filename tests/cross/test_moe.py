@@ -1,0 +1,215 @@
+"""The whole layer in both frontends: gate, routed and shared experts, latent projections, padding; all gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from sides import SIDES, Side, rounded
+
+from moebius.core import MoEConfig, layout, reference
+from moebius.core.precision import EXACT
+from moebius.core.tolerance import bounds, relative_error, within
+
+sides = pytest.mark.parametrize("side", SIDES, ids=str)
+SIZES = {"n_routed_experts": 8, "n_activated_experts": 3, "dim": 16, "moe_inter_dim": 12}
+
+LAYERS = {
+    "plain": {},
+    "topk_first_with_biases": {
+        "router_bias": True,
+        "expert_bias": True,
+        "expert_activation": "quick_geglu",
+        "activation_limit": 0.5,
+    },
+    "softmax_before_topk": {"softmax_before_topk": True, "norm_topk_prob": True, "aux_loss_coeff": 0.3},
+    "sigmoid_groups_bias_shared": {
+        "score_func": "sigmoid_with_bias",
+        "n_expert_groups": 4,
+        "n_limited_groups": 2,
+        "norm_topk_prob": True,
+        "route_scale": 2.5,
+        "gate_bias_update_factor": 1e-3,
+        "n_shared_experts": 2,
+        "shared_expert_gate": True,
+    },
+    "sqrtsoftplus_clamped_shared": {
+        "score_func": "sqrtsoftplus",
+        "norm_topk_prob": True,
+        "swiglu_limit": 0.5,
+        "n_shared_experts": 1,
+        "shared_expert_inter_dim": 10,
+    },
+    "latent_relu2_biases_after_down": {
+        "score_func": "sigmoid",
+        "moe_latent_size": 10,
+        "expert_activation": "relu2",
+        "shared_expert_activation": "relu2",
+        "n_shared_experts": 1,
+        "expert_bias": True,
+        "apply_router_weight_after_down": True,
+        "router_weights_fp32": True,
+    },
+}
+
+
+class Case:
+    """One layer with its weights and inputs, and what the reference makes of them."""
+
+    def __init__(self, name: str, dtype: str):
+        rng = np.random.default_rng(list(LAYERS).index(name))
+        self.dtype, self.config = dtype, MoEConfig(**SIZES, **LAYERS[name], dtype=dtype)
+        self.parameters = {
+            row.name: rounded(rng.normal(size=row.shape) * (0.3 if row.zeros else row.shape[-1] ** -0.5), dtype)
+            for row in layout.moe(self.config)
+        }
+        self.bias = None
+        if self.config.has_correction_bias:
+            self.bias = rounded(rng.normal(size=SIZES["n_routed_experts"]) * 0.1, "float32")
+        self.x, self.dy = (rounded(rng.normal(size=(4, 6, SIZES["dim"])), dtype) for _ in range(2))
+        self.padding = rng.random((4, 6)) < 0.2
+
+    @property
+    def values(self) -> dict[str, np.ndarray]:
+        correction = {} if self.bias is None else {"gate.e_score_correction_bias": self.bias}
+        return {**self.parameters, **correction}
+
+    def reference(self, ids: np.ndarray | None = None, arithmetic=EXACT) -> dict[str, np.ndarray]:
+        x, dy = self.x.reshape(-1, SIZES["dim"]), self.dy.reshape(-1, SIZES["dim"])
+        mask = ~self.padding.reshape(-1)
+        settings = {"correction_bias_E": self.bias, "arithmetic": arithmetic}
+        trace = reference.moe(x, mask, self.parameters, self.config, ids_TK=ids, **settings)
+        dx, grads = reference.moe_vjp(trace, x, mask, self.parameters, self.config, dy, **settings)
+        return {"y": trace.y_TD.reshape(self.x.shape), "dx": dx.reshape(self.x.shape), **grads}
+
+    def routed_by(self, side: Side, layer) -> np.ndarray:
+        x = self.x.reshape(-1, SIZES["dim"])
+        with side.context(self.dtype):
+            mask = side.array(~self.padding.reshape(-1))
+            return side.numpy(layer.gate(side.array(x, self.dtype), mask)[1])
+
+
+@cache
+def case(name: str, dtype: str) -> Case:
+    return Case(name, dtype)
+
+
+@cache
+def expected(name: str, dtype: str, ids: bytes):
+    c = case(name, dtype)
+    forced = np.frombuffer(ids, np.int32).reshape(-1, SIZES["n_activated_experts"])
+    exact = c.reference(forced)
+    return exact, bounds(lambda arithmetic: c.reference(forced, arithmetic), exact, dtype)
+
+
+def _combinations():
+    """Every layer x dtype x backend; ragged_dot in float32 alone, since a layer compiles for seconds in JAX."""
+    for name in LAYERS:
+        for side in SIDES:
+            for dtype in ("float64", "float32", "bfloat16"):
+                if side.serves(dtype) and (side.backend != "ragged_dot" or dtype == "float32"):
+                    yield pytest.param(side, name, dtype, id=f"{side}-{name}-{dtype}")
+
+
+@pytest.mark.parametrize("side, name, dtype", _combinations())
+def test_moe_output_and_gradients_agree_with_reference(side: Side, name: str, dtype: str) -> None:
+    c = case(name, dtype)
+    with side.context(dtype):
+        layer = side.layer(c.config, c.values) if dtype != "float64" else _float64_layer(side, c)
+    found = side.moe(layer, c.x, c.padding, c.dy, dtype)
+    ids = c.routed_by(side, layer)
+    own = reference.gate(
+        c.x.reshape(-1, SIZES["dim"]),
+        {k[5:]: v for k, v in c.parameters.items() if k.startswith("gate.")},
+        c.config,
+        correction_bias_E=c.bias,
+    )[1].ids_TK
+    if dtype != "bfloat16":  # rounded logits may tie
+        np.testing.assert_array_equal(ids, own)
+    exact, limits = expected(name, dtype, ids.astype(np.int32).tobytes())
+    assert found.keys() == exact.keys()
+    for key, value in found.items():
+        error = relative_error(value, exact[key])
+        assert within(value, exact[key], limits[key]), f"{key}: {error:.3g} of {limits[key].relative():.3g}"
+
+
+def _float64_layer(side: Side, c: Case):
+    layer = side.layer(c.config, c.values)
+    side.module.load_parameters(layer, {name: side.array(value, "float64") for name, value in c.values.items()})
+    return layer
+
+
+@sides
+def test_moe_takes_any_leading_axes(side: Side) -> None:
+    c = case("plain", "float32")
+    layer = side.layer(c.config, c.values)
+    deep = side.numpy(layer(side.array(c.x, "float32"), side.array(c.padding)))
+    flat = side.numpy(layer(side.array(c.x.reshape(-1, 16), "float32"), side.array(c.padding.reshape(-1))))
+    assert deep.shape == c.x.shape
+    np.testing.assert_array_equal(deep.reshape(-1, 16), flat)
+
+
+@sides
+def test_moe_of_padding_alone_is_the_shared_experts_output(side: Side) -> None:
+    c = case("sigmoid_groups_bias_shared", "float32")
+    layer = side.layer(c.config, c.values)
+    found = side.numpy(layer(side.array(c.x, "float32"), side.array(np.ones((4, 6), bool))))
+    wanted = reference.shared_experts(c.x.reshape(-1, 16), c.parameters, c.config).reshape(c.x.shape)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@sides
+def test_moe_without_tokens_gives_zero_gradients(side: Side) -> None:
+    c = case("topk_first_with_biases", "float32")
+    layer = side.layer(c.config, c.values)
+    found = side.moe(layer, c.x[:0], None, c.dy[:0], "float32")
+    assert found["y"].shape == (0, 6, 16)
+    assert found.keys() == c.parameters.keys() | {"y", "dx"}
+    assert all((value == 0).all() for value in found.values())
+
+
+@sides
+def test_moe_with_a_fake_gate_spreads_tokens_evenly(side: Side) -> None:
+    c = case("plain", "float32")
+    values = {name: value for name, value in c.values.items() if not name.startswith("gate.")}
+    layer = side.layer(c.config, values, fake_balanced_gate=True)
+    x = side.array(c.x.reshape(-1, 16), "float32")
+    weights, ids, loss = layer.gate(x, side.array(np.ones(24, bool)))
+    assert loss is None
+    assert np.bincount(side.numpy(ids).reshape(-1), minlength=8).tolist() == [9] * 8
+    np.testing.assert_allclose(side.numpy(weights), 1 / 3, rtol=1e-6)
+    assert np.isfinite(side.numpy(layer(x))).all()
+
+
+@sides
+def test_update_bias_moves_towards_balance_and_clears_the_load(side: Side) -> None:
+    c = case("sigmoid_groups_bias_shared", "float32")
+    layer = side.layer(c.config, c.values)
+    layer(side.array(c.x, "float32"), side.array(c.padding))
+    load = reference.expert_load(c.routed_by(side, layer), ~c.padding.reshape(-1), 8)
+    np.testing.assert_array_equal(side.numpy(_value(layer.gate.last_load)), load)
+    layer.gate.update_bias()
+    # Two training calls so far: the layer's and routed_by's.
+    wanted = reference.updated_correction_bias(c.bias, 2 * load, 1e-3)
+    found = side.numpy(_value(layer.gate.e_score_correction_bias))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert not np.array_equal(found, c.bias)
+
+
+@sides
+def test_aux_loss_comes_out_unscaled(side: Side) -> None:
+    c = case("softmax_before_topk", "float32")
+    layer = side.layer(c.config, c.values)
+    x, mask = c.x.reshape(-1, 16), ~c.padding.reshape(-1)
+    _, _, loss = layer.gate(side.array(x, "float32"), side.array(mask))
+    trace = reference.moe(x, mask, c.parameters, c.config)
+    np.testing.assert_allclose(side.numpy(loss), trace.aux_loss, rtol=1e-5)
+    np.testing.assert_allclose(side.numpy(_value(layer.gate.last_aux_loss)), trace.aux_loss, rtol=1e-5)
+    layer.eval()
+    assert layer.gate(side.array(x, "float32"), side.array(mask))[2] is None
+
+
+def _value(held):
+    """The array itself, or what an nnx.Variable holds."""
+    return held[...]

@@ -1,0 +1,166 @@
+"""What is PyTorch's own about the experts: modules, layouts, gradcheck, compilation, state dicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moebius.core import BackendConfig, DTypeError, MoEConfig, ShapeError, Unsupported
+from moebius.torch_frontend import GroupedExperts, MoE, experts
+
+CONFIG = MoEConfig(
+    n_routed_experts=4,
+    n_activated_experts=2,
+    dim=8,
+    moe_inter_dim=6,
+    dtype="float32",
+    expert_bias=True,
+    expert_activation="quick_geglu",
+)
+
+
+def inputs(dtype=torch.float32, tokens=7):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, 8, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weights = torch.rand(tokens, 2, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    indices = torch.randint(-1, 5, (tokens, 2), generator=generator)
+    return x, torch.arange(tokens) != 2, weights, indices
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before_down", "after_down"])
+@pytest.mark.parametrize("activation", ["swiglu", "quick_geglu", "swigluoai", "geglu", "relu2"])
+def test_experts_first_and_second_derivatives_in_float64(activation: str, after: bool) -> None:
+    config = MoEConfig(
+        n_routed_experts=3,
+        n_activated_experts=2,
+        dim=3,
+        moe_inter_dim=2,
+        dtype="float64",
+        expert_bias=True,
+        expert_activation=activation,
+        apply_router_weight_after_down=after,
+    )
+    module = GroupedExperts(config)
+    names, values = zip(*module.named_parameters(), strict=True)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(v.shape, generator=generator, dtype=torch.float64).requires_grad_() for v in values]
+    x = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(4, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    indices = torch.tensor([[0, 2], [2, 2], [-1, 0], [0, 3]])
+    mask = torch.tensor([True, True, True, True])
+
+    def run(x, weights, *values):
+        return experts(dict(zip(names, values, strict=True)), x, mask, weights, indices, config=config)
+
+    assert torch.autograd.gradcheck(run, (x, weights, *values))
+    # relu squared has a kink in its second derivative; finite differences are right on either side of it.
+    assert torch.autograd.gradgradcheck(run, (x, weights, *values), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_of_non_contiguous_input_and_a_summed_output_equal_contiguous(backend: str, dtype) -> None:
+    module = GroupedExperts(CONFIG, BackendConfig(experts=backend))
+    x, mask, weights, indices = inputs(dtype)
+    bent = torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_()
+    assert not bent.is_contiguous()
+    for value in (x, bent):
+        module(value, mask, weights, indices.T.contiguous().T).sum().backward()
+    torch.testing.assert_close(bent.grad, x.grad, rtol=0, atol=0)
+
+
+# Dynamo itself instantiates an autograd function when it traces one, and warns of it (torch 2.13).
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moe_compiled_in_one_graph_equals_eager(dtype) -> None:
+    config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype=dtype)
+    layer = MoE(config)
+    x = torch.randn(9, 16, dtype=dtype)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    grads = []
+    for function in (layer, compiled):
+        layer.zero_grad()
+        out = function(x)
+        out.backward(torch.ones_like(out))
+        grads.append([out.detach(), *(p.grad for p in layer.parameters())])
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_grouped_experts_state_dict_holds_the_stacked_layout_and_loads_back() -> None:
+    one, other = GroupedExperts(CONFIG), GroupedExperts(CONFIG)
+    shapes = {name: tuple(value.shape) for name, value in one.state_dict().items()}
+    assert shapes == {
+        "gate_and_up_projs": (4, 8, 12),
+        "down_projs": (4, 6, 8),
+        "gate_up_proj_bias": (4, 12),
+        "down_proj_bias": (4, 8),
+    }
+    other.load_state_dict(one.state_dict())
+    args = inputs()
+    torch.testing.assert_close(one(*args), other(*args), rtol=0, atol=0)
+
+
+def test_grouped_experts_without_biases_hold_none() -> None:
+    module = GroupedExperts(MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=8, moe_inter_dim=4))
+    assert module.gate_up_proj_bias is None and module.down_proj_bias is None
+    assert set(module.state_dict()) == {"gate_and_up_projs", "down_projs"}
+    assert module.down_projs.dtype == torch.bfloat16
+
+
+def test_grouped_experts_are_drawn_on_construction() -> None:
+    torch.manual_seed(0)
+    module = GroupedExperts(MoEConfig(n_routed_experts=8, n_activated_experts=1, dim=64, moe_inter_dim=64))
+    std = module.gate_and_up_projs.float().std().item()
+    assert abs(std - 0.02) < 5 * 0.02 / (2 * module.gate_and_up_projs.numel()) ** 0.5
+    module.init_weights(torch.device("cpu"), init_std=0.5)
+    assert abs(module.down_projs.float().std().item() - 0.5) < 0.02
+
+
+def test_grouped_experts_on_meta_take_no_memory_and_keep_shapes() -> None:
+    module = GroupedExperts(CONFIG, device="meta")
+    assert module.gate_and_up_projs.is_meta and module.backend_name
+
+
+def test_grouped_experts_compute_in_the_dtype_asked_for() -> None:
+    x, mask, weights, indices = inputs()
+    assert GroupedExperts(CONFIG)(x.bfloat16(), mask, weights, indices).dtype == torch.bfloat16
+    module = GroupedExperts(CONFIG, dtype="bfloat16", param_dtype="float32")
+    assert module.down_projs.dtype == torch.float32
+    assert module(x, mask, weights, indices).dtype == torch.bfloat16
+
+
+def test_grouped_experts_take_int32_and_int64_indices_alike() -> None:
+    module = GroupedExperts(CONFIG)
+    x, mask, weights, indices = inputs()
+    small = module(x, mask, weights, indices.int())
+    torch.testing.assert_close(module(x, mask, weights, indices), small, rtol=0, atol=0)
+    wide = torch.where(indices == 0, 2**32, indices)  # would be 0 again if it were narrowed first
+    dropped = torch.where(indices == 0, -1, indices)
+    found, wanted = module(x, mask, weights, wide), module(x, mask, weights, dropped)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_grouped_experts_with_float64_fall_to_the_loop_unless_a_backend_is_named() -> None:
+    args = inputs(torch.float64)
+    assert GroupedExperts(CONFIG)(*args).dtype == torch.float64
+    with pytest.raises(Unsupported, match="no float64"):
+        GroupedExperts(CONFIG, BackendConfig(experts="torch_mm"))(*args)
+    with pytest.raises(Unsupported, match="no float64"):
+        GroupedExperts(CONFIG, BackendConfig(experts="torch_mm"), param_dtype="float64")
+
+
+def test_experts_of_mixed_devices_name_each() -> None:
+    module = GroupedExperts(CONFIG)
+    x, mask, weights, indices = inputs()
+    with pytest.raises(ShapeError, match=r"found: x on cpu, token_mask on meta"):
+        module(x, mask.to("meta"), weights, indices)
+
+
+def test_experts_of_a_dtensor_are_refused_with_a_remedy() -> None:
+    class DTensor(torch.Tensor):
+        """Stands in for torch.distributed's, which wants a process group."""
+
+    x, mask, weights, indices = inputs()
+    with pytest.raises(DTypeError, match=r"do: pass x.to_local\(\)"):
+        GroupedExperts(CONFIG)(x.detach().as_subclass(DTensor), mask, weights, indices)
