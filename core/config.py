@@ -7,8 +7,10 @@ there is a default here.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 from moebius.core import activations, checks, routing
@@ -143,12 +145,16 @@ class MoEConfig(_FromAttributes):
 
     def _check_sizes(self) -> None:
         for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
-            _positive(name, getattr(self, name))
-        if self.moe_latent_size is not None:
-            _positive("moe_latent_size", self.moe_latent_size)
-        for name in ("n_shared_experts", "n_expert_groups", "n_limited_groups", "gate_bias_update_factor"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}", "a negative value", "use 0 or more")
+            _integer(name, getattr(self, name), least=1)
+        for name in ("n_shared_experts", "n_expert_groups", "n_limited_groups"):
+            _integer(name, getattr(self, name), least=0)
+        for name, least in (("moe_latent_size", 1), ("shared_expert_inter_dim", 0)):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), least)
+        for name in ("gate_bias_update_factor", "aux_loss_coeff"):
+            _number(name, getattr(self, name), least=0.0)
+        for name in ("route_scale", "activation_alpha", "activation_limit", "swiglu_limit"):
+            _number(name, getattr(self, name))
         if self.n_activated_experts > self.n_routed_experts:
             raise ConfigError(
                 f"n_activated_experts={self.n_activated_experts} experts per token",
@@ -283,9 +289,15 @@ class BackendConfig(_FromAttributes):
             )
 
 
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r}", "not a positive integer", "use 1 or more")
+def _integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}", f"not an integer of {least} or more", f"use {least} or more")
+
+
+def _number(name: str, value: Any, least: float = -math.inf) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value < least:
+        size = "" if least == -math.inf else f" of {least:g} or more"
+        raise ConfigError(f"{name}={value!r}", f"not a finite number{size}", f"use a number{size}")
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...], extra: tuple[str, ...] = ()) -> None:

@@ -1,0 +1,119 @@
+"""Choosing a backend: by name or the first that serves, never another than was asked for."""
+
+import pytest
+
+from moebius.core.errors import BackendUnavailable, ConfigError, Unsupported
+from moebius.core.registry import Problem, Registry
+
+CPU = Problem(device="cpu", dtype="float32", dim=8, inter_dim=4, n_experts=2)
+GPU = Problem(device="cuda", dtype="bfloat16", dim=8, inter_dim=4, n_experts=2, capability=(9, 0))
+
+
+def only(device):
+    return lambda problem: None if problem.device == device else f"needs {device}, not {problem.device}"
+
+
+@pytest.fixture
+def registry():
+    made = Registry(frontend="moebius.test_frontend", operation="grouped_matmul")
+    made.add(name="absent", load=lambda: "absent", needs=("moebius_no_such_package", "numpy"))
+    made.add(name="named", load=lambda: "named", only_when_named=True)
+    made.add(name="cuda", load=lambda: "cuda", supports=only("cuda"))
+    made.add(name="plain", load=lambda: "plain", supports=only("cpu"))
+    made.add(name="last", load=lambda: "last")
+    return made
+
+
+def complete(error):
+    assert error.asked and error.found and error.do
+    return error
+
+
+@pytest.mark.parametrize(("problem", "name"), [(CPU, "plain"), (GPU, "cuda")], ids=["cpu", "cuda"])
+def test_choose_none_takes_the_first_that_is_there_and_serves(registry, problem, name):
+    assert registry.choose(None, problem).name == name
+
+
+@pytest.mark.parametrize("name", ["named", "plain", "last"])
+def test_choose_a_name_takes_it(registry, name):
+    backend = registry.choose(name, CPU)
+    assert backend.name == name and backend.operation == "grouped_matmul"
+    assert registry.implementation(backend) == name
+
+
+def test_choose_an_unknown_name_lists_the_known_ones(registry):
+    with pytest.raises(ConfigError) as caught:
+        registry.choose("other", CPU)
+    error = complete(caught.value)
+    assert "'other'" in error.asked and "moebius.test_frontend" in error.asked
+    assert all(name in error.found for name in registry.names)
+
+
+def test_choose_a_name_without_its_package_says_which(registry):
+    with pytest.raises(BackendUnavailable) as caught:
+        registry.choose("absent", CPU)
+    error = complete(caught.value)
+    assert "moebius_no_such_package" in error.found and "numpy" not in error.found
+
+
+def test_choose_a_name_that_cannot_serve_gives_its_reason_and_no_other_backend(registry):
+    with pytest.raises(Unsupported) as caught:
+        registry.choose("cuda", CPU)
+    error = complete(caught.value)
+    assert "needs cuda, not cpu" in error.found and str(CPU) in error.asked
+
+
+def test_choose_none_where_nothing_serves_gives_every_reason():
+    registry = Registry(frontend="moebius.test_frontend", operation="grouped_matmul")
+    registry.add(name="absent", load=lambda: None, needs=("moebius_no_such_package",))
+    registry.add(name="cuda", load=lambda: None, supports=only("cuda"))
+    registry.add(name="named", load=lambda: None, only_when_named=True)
+    with pytest.raises(Unsupported) as caught:
+        registry.choose(None, CPU)
+    found = complete(caught.value).found
+    assert all(word in found for word in ("absent", "moebius_no_such_package", "cuda", "named: available when named"))
+
+
+def test_names_are_in_declared_order(registry):
+    assert registry.names == ("absent", "named", "cuda", "plain", "last")
+
+
+def test_add_a_second_backend_of_a_name_is_refused(registry):
+    with pytest.raises(ConfigError, match="'plain'"):
+        registry.add(name="plain", load=lambda: None)
+
+
+def test_implementation_is_loaded_once_and_at_first_use():
+    loads = []
+    registry = Registry(frontend="moebius.test_frontend", operation="dispatch")
+    registry.add(name="one", load=lambda: loads.append(1) or object())
+    backend = registry.choose("one", CPU)
+    assert not loads
+    assert registry.implementation(backend) is registry.implementation(backend)
+    assert loads == [1]
+
+
+def test_explain_gives_the_state_of_every_backend(registry):
+    assert registry.explain(CPU) == [
+        ("absent", "not installed: moebius_no_such_package"),
+        ("named", "available when named"),
+        ("cuda", "needs cuda, not cpu"),
+        ("plain", "chosen"),
+        ("last", "available"),
+    ]
+
+
+def test_explain_and_choose_agree(registry):
+    for problem in (CPU, GPU):
+        states = dict(registry.explain(problem))
+        assert states[registry.choose(None, problem).name] == "chosen"
+        assert list(states.values()).count("chosen") == 1
+
+
+def test_problem_as_text_names_what_matters():
+    assert str(GPU) == "bfloat16 on cuda, D=8, I=4, 2 experts"
+
+
+def test_registries_do_not_share_rows(registry):
+    other = Registry(frontend="moebius.other_frontend", operation="grouped_matmul")
+    assert other.names == ()
