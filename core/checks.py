@@ -10,18 +10,26 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moebius.core.errors import DTypeError, ShapeError
+from moebius.core.errors import ConfigError, DTypeError, ShapeError
 
 if TYPE_CHECKING:
     from moebius.core.layout import Parameter
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
+MODES = ("off", "full")
 
 
 def environment() -> str:
-    """MOEBIUS_CHECKS: "full" for value checks, else "off"."""
-    return os.environ.get("MOEBIUS_CHECKS", "off")
+    """MOEBIUS_CHECKS: "full" for value checks, "off" by default.
+
+    Raises:
+        ConfigError: it holds another word.
+    """
+    mode = os.environ.get("MOEBIUS_CHECKS", "off")
+    if mode not in MODES:
+        raise ConfigError(f"the environment's MOEBIUS_CHECKS={mode!r}", f"the choices {MODES}", "use one of them")
+    return mode
 
 
 def dtype_text(array: Any) -> str:

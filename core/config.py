@@ -26,7 +26,6 @@ SHARED_EXPERT_ACTIVATIONS = ("swiglu", "relu2")
 EXPERT_BACKENDS = ("loop", "grouped_mm", "gmm", "te", "triton", "ragged_dot", "tokamax", "torch_mm_mxfp8")
 EXPERT_BACKEND_ALIASES = {"torch": "loop", "torch_mm": "grouped_mm"}
 DISPATCHERS = ("local", "torch", "allgather", "alltoall", "ragged_all_to_all", "deepep", "hybridep", "uccl_ep", "te")
-CHECKS = ("off", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +277,7 @@ class BackendConfig(_FromAttributes):
             _one_of("dispatcher", self.dispatcher, DISPATCHERS)
         if self.checks is None:
             object.__setattr__(self, "checks", checks.environment())
-        _one_of("checks", self.checks, CHECKS)
+        _one_of("checks", self.checks, checks.MODES)
         if not 0.0 <= self.fake_gate_noise <= 1.0:
             raise ConfigError(f"fake_gate_noise={self.fake_gate_noise}", "a share outside [0, 1]", "use 0 to 1")
         if self.te_fp8 is not None and "te" not in (self.experts, self.linear):

@@ -45,6 +45,8 @@ def dtype_name(dtype: Any) -> str:
     ('bfloat16', 'float32', 'float16')
     """
     text: Any
+    if dtype is float:  # Python's and NumPy's float; the string "float" is torch's, float32
+        return "float64"
     if isinstance(dtype, str):
         text = dtype
     elif isinstance(dtype, type) or hasattr(dtype, "dtype"):  # numpy's scalar classes, jax.numpy.bfloat16

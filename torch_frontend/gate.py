@@ -13,7 +13,7 @@ from moebius.core.errors import ConfigError, Unsupported
 from moebius.torch_frontend.checks import check_devices
 from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.torch_frontend.matmul import linear
-from moebius.torch_frontend.route import attach_aux_loss, aux_loss, expert_load, route, updated_correction_bias
+from moebius.torch_frontend.route import attach_aux_loss, aux_loss, expert_load, quiet, route, updated_correction_bias
 from moebius.torch_frontend.weights import draw
 
 
@@ -82,7 +82,7 @@ class Gate(nn.Module):
         checks.tokens(x, self.config.dim)
         checks.token_mask(token_mask, x.shape[0])
         check_devices(x=x, token_mask=token_mask, weight=self.weight)
-        x = x if self.dtype is None else x.to(self.dtype)
+        x = quiet(x if self.dtype is None else x.to(self.dtype), token_mask)
         logits_TE = linear(x.to(self.gate_precision or x.dtype), self.weight, self.bias)
         routing = route(logits_TE, self.config, correction_bias_E=self.e_score_correction_bias)
         loss = self._record(routing.ids_TK, routing.scores_TE, token_mask)
@@ -95,7 +95,8 @@ class Gate(nn.Module):
     def _record(self, ids_TK: Tensor, scores_TE: Tensor, token_mask: Tensor) -> Tensor | None:
         """Keep the load where something needs it; the auxiliary loss in training."""
         c = self.config
-        if not (c.gate_bias_update_factor > 0 or c.aux_loss_coeff > 0 or self.track_load):
+        needed = self.training and (c.gate_bias_update_factor > 0 or c.aux_loss_coeff > 0)
+        if not (needed or self.track_load):
             return None
         load_E = self.last_load = expert_load(ids_TK, token_mask, c.n_routed_experts)
         if self.training and c.gate_bias_update_factor > 0:

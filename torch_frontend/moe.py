@@ -15,6 +15,7 @@ from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.torch_frontend.experts import GroupedExperts
 from moebius.torch_frontend.gate import FakeBalancedGate, Gate
 from moebius.torch_frontend.matmul import linear
+from moebius.torch_frontend.route import quiet
 from moebius.torch_frontend.weights import draw
 
 
@@ -137,6 +138,8 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         checks.tokens(x_TD, self.config.dim)
         token_mask_T = self._token_mask(x, padding_mask)
+        if padding_mask is not None:
+            x_TD = quiet(x_TD, token_mask_T)
         weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T)
         latent_TD = x_TD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TD)
         y_TD = self.experts(latent_TD, token_mask_T, weights_TK, ids_TK)

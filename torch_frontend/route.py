@@ -57,6 +57,14 @@ def route(
     return Routing(chosen_TK * config.route_scale, ids_TK.to(torch.int32), scores_TE)
 
 
+def quiet(x_TD: Tensor, token_mask_T: Tensor) -> Tensor:
+    """x with inf and NaN of masked tokens set to zero, so that no product with a zero gradient revives them.
+
+    Spec: core.reference.quiet.
+    """
+    return torch.where(token_mask_T[:, None] | torch.isfinite(x_TD), x_TD, 0.0)
+
+
 def expert_load(ids_TK: Tensor, token_mask_T: Tensor, n_experts: int) -> Tensor:
     """Tokens that chose each expert; a token counts once however often it names an expert.
 

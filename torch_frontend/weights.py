@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,11 @@ def parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+def load_parameters(module: nn.Module, values: Mapping[str, Any]) -> None:
     """Copy `values` into the module's parameters, cast to their dtype; all of them or, on an error, none.
+
+    Args:
+        values: by dotted name, tensors or NumPy arrays in the layout's shapes.
 
     Raises:
         CheckpointError: names are missing or unexpected; lists all of them.
@@ -46,4 +50,4 @@ def load_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         checks.parameter(name, value, tuple(own[name].shape))
     for name, value in values.items():
-        own[name].copy_(value)
+        own[name].copy_(torch.as_tensor(value))

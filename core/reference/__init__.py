@@ -12,7 +12,7 @@ from moebius.core.reference.bias import add_bias, add_bias_vjp
 from moebius.core.reference.dispatch import Tokens, combine, combine_vjp, dispatch, dispatch_vjp
 from moebius.core.reference.experts import ExpertsTrace, experts, experts_vjp
 from moebius.core.reference.matmul import grouped_matmul, grouped_matmul_vjp, linear, linear_vjp
-from moebius.core.reference.moe import MoETrace, gate, gate_vjp, moe, moe_vjp, shared_experts, shared_experts_vjp
+from moebius.core.reference.moe import MoETrace, gate, gate_vjp, moe, moe_vjp, quiet, shared_experts, shared_experts_vjp
 from moebius.core.reference.permute import Permuted, permute, permute_vjp, unpermute, unpermute_vjp
 from moebius.core.reference.route import (
     Routing,
@@ -53,6 +53,7 @@ __all__ = [
     "moe_vjp",
     "permute",
     "permute_vjp",
+    "quiet",
     "route",
     "route_vjp",
     "shared_experts",

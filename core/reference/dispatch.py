@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moebius.core.errors import ConfigError
 from moebius.core.precision import EXACT, Arithmetic
 
 
@@ -25,7 +26,11 @@ class Tokens:
 
 def dispatch(ranks: list[Tokens], n_experts: int) -> list[Tokens]:
     """Give every rank all tokens, with ids counted from its first expert."""
-    held = n_experts // len(ranks)
+    held, rest = divmod(n_experts, len(ranks))
+    if rest:
+        raise ConfigError(
+            f"{n_experts} experts over {len(ranks)} ranks", f"{rest} left over", "use ranks that divide E"
+        )
     x_SD = np.concatenate([rank.x_TD for rank in ranks])
     weights_SK = np.concatenate([rank.weights_TK for rank in ranks])
     ids_SK = np.concatenate([rank.ids_TK for rank in ranks]).astype(np.int64)

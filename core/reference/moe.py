@@ -39,6 +39,11 @@ class MoETrace:
     y_TD: np.ndarray
 
 
+def quiet(x_TD: np.ndarray, token_mask_T: np.ndarray) -> np.ndarray:
+    """x with inf and NaN of masked tokens set to zero, so that no product with a zero gradient revives them."""
+    return np.where(token_mask_T[:, None] | np.isfinite(x_TD), x_TD, 0.0)
+
+
 def gate(
     x_TD: np.ndarray,
     parameters: Arrays,
@@ -132,6 +137,7 @@ def moe(
         parameters: by the dotted names of `moebius.core.layout.moe`.
         ids_TK: forced experts; None to route by the logits.
     """
+    x_TD = quiet(x_TD, token_mask_T)
     logits_TE, routing = gate(
         x_TD,
         _part(parameters, "gate"),
@@ -183,6 +189,8 @@ def moe_vjp(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(dx_TD, gradient of every parameter), the auxiliary loss with its coefficient included."""
     grads: dict[str, np.ndarray] = {}
+    heard_TD = token_mask_T[:, None] | np.isfinite(x_TD)
+    x_TD = quiet(x_TD, token_mask_T)
     dx_TD = np.zeros_like(x_TD)
     dlatent_TD = dy_TD
     if config.n_shared_experts:
@@ -210,7 +218,8 @@ def moe_vjp(
         arithmetic=arithmetic,
     )
     grads |= {f"gate.{name}": value for name, value in gate_grads.items()}
-    return arithmetic.store(arithmetic.store(dx_TD + dlatent_TD) + dgate_TD), grads
+    dx_TD = arithmetic.store(arithmetic.store(dx_TD + dlatent_TD) + dgate_TD)
+    return np.where(heard_TD, dx_TD, 0.0), grads
 
 
 def _shared_stages(
