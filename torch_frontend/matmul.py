@@ -18,7 +18,6 @@ from moebius.core import checks
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend.checks import check_group_sizes
 
-
 _ANY = ""  # operators take no optional string
 
 

@@ -90,7 +90,7 @@ def _combinations():
                 yield pytest.param(side, activation, False, "float32", id=f"{side}-{activation}-float32-plain")
 
 
-@pytest.mark.parametrize("side, activation, bias, dtype", _combinations())
+@pytest.mark.parametrize("side, activation, bias, dtype", list(_combinations()))
 def test_experts_of_every_activation_agree_with_reference(side: Side, activation: str, bias: bool, dtype: str) -> None:
     clamped = {"swiglu_limit": 0.5} if activation == "swiglu_clamped" else {}
     name = "swiglu" if clamped else activation

@@ -1,0 +1,46 @@
+"""moebius for Flax: the layer as NNX modules, and each of its steps as a function of arrays.
+
+The files carry the names of the steps and are those of `moebius.torch_frontend`, so that what holds for one can be
+looked up in the other. The meaning of every step is in `moebius.core`; here it is said in JAX.
+"""
+
+if __name__ != "moebius.jax_frontend":
+    raise ImportError(f"this folder is the package moebius.jax_frontend; import it by that name, not as {__name__!r}")
+
+from moebius.jax_frontend.activate import activate
+from moebius.jax_frontend.bias import add_bias
+from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
+from moebius.jax_frontend.experts import GroupedExperts, experts
+from moebius.jax_frontend.gate import FakeBalancedGate, Gate
+from moebius.jax_frontend.matmul import grouped_matmul, linear
+from moebius.jax_frontend.moe import MoE, SharedExperts
+from moebius.jax_frontend.permute import Permuted, PermuteState, permute, unpermute
+from moebius.jax_frontend.route import Routing, aux_loss, expert_load, route, updated_correction_bias
+from moebius.jax_frontend.weights import load_parameters, parameters
+
+__all__ = [
+    "Dispatcher",
+    "FakeBalancedGate",
+    "Gate",
+    "GroupedExperts",
+    "Local",
+    "MoE",
+    "PermuteState",
+    "Permuted",
+    "Routing",
+    "Sent",
+    "SharedExperts",
+    "activate",
+    "add_bias",
+    "aux_loss",
+    "expert_load",
+    "experts",
+    "grouped_matmul",
+    "linear",
+    "load_parameters",
+    "parameters",
+    "permute",
+    "route",
+    "unpermute",
+    "updated_correction_bias",
+]

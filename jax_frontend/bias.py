@@ -1,0 +1,29 @@
+"""Steps 5 and 7: each expert's bias, on the way down times the routing weight."""
+
+from __future__ import annotations
+
+from jax import Array
+
+from moebius.jax_frontend.dtypes import accumulate_dtype
+
+
+def add_bias(out_RF: Array, bias_eF: Array | None, row_experts_R: Array, row_weights_R: Array | None = None) -> Array:
+    """out + bias of the row's expert, times the row's weight where weights are given; rounded once.
+
+    Spec: core.reference.add_bias.
+
+    Args:
+        out_RF: [R, F] rows sorted by expert.
+        bias_eF: [e, F], dtype of out_RF, or None to add nothing.
+        row_experts_R: [R] int32, each row's expert; e in padding rows, which get no bias.
+        row_weights_R: [R] routing weights, None for ones.
+    Returns:
+        [R, F], dtype of out_RF; `out_RF` itself without a bias.
+    """
+    if bias_eF is None:
+        return out_RF
+    accumulate = accumulate_dtype(out_RF.dtype)
+    bias_RF = bias_eF.astype(accumulate).at[row_experts_R].get(mode="fill", fill_value=0, indices_are_sorted=True)
+    if row_weights_R is not None:
+        bias_RF = bias_RF * row_weights_R[:, None]
+    return (out_RF.astype(accumulate) + bias_RF).astype(out_RF.dtype)

@@ -1,0 +1,67 @@
+"""Steps 3 and 9: tokens to the ranks that hold their experts, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from moebius.core.registry import Problem, Registry
+from moebius.jax_frontend.dtypes import accumulate_dtype
+
+
+class Sent(NamedTuple):
+    """What this rank has to compute.
+
+    Attributes:
+        x_SD: tokens. weights_SK: routing weights, promote_types(x.dtype, float32).
+        ids_SK: int32, counted from this rank's first expert; e stands for no route.
+    """
+
+    x_SD: Array
+    weights_SK: Array
+    ids_SK: Array
+
+
+class Dispatcher(Protocol):
+    """Moves tokens to the ranks that hold their experts. State is returned, never stored."""
+
+    def dispatch(
+        self, x_TD: Array, weights_TK: Array, ids_TK: Array, token_mask_T: Array, n_experts: int
+    ) -> tuple[Sent, Any]:
+        """Tokens, weights and local ids for this rank, and the state that `combine` takes."""
+        ...
+
+    def combine(self, y_SD: Array, state: Any) -> Array:
+        """[T, D]: each of this rank's tokens, summed over the ranks."""
+        ...
+
+
+# A dataclass, so that two of them are equal: jit compares what a module holds.
+@dataclass(frozen=True)
+class Local:
+    """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
+
+    def dispatch(
+        self, x_TD: Array, weights_TK: Array, ids_TK: Array, token_mask_T: Array, n_experts: int
+    ) -> tuple[Sent, None]:
+        """Promote the weights; a masked token, -1 and any id outside [0, n_experts) becomes n_experts: no route."""
+        here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
+        # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
+        ids_TK = jnp.where(here_TK, ids_TK, n_experts).astype(jnp.int32)
+        return Sent(x_TD, weights_TK.astype(accumulate_dtype(x_TD.dtype)), ids_TK), None
+
+    def combine(self, y_SD: Array, state: None) -> Array:
+        """`y_SD` itself."""
+        return y_SD
+
+
+def _not_over_ranks(problem: Problem) -> str | None:
+    return None if problem.ranks == 1 else f"experts over {problem.ranks} ranks are not built yet"
+
+
+DISPATCHERS = Registry("moebius.jax_frontend", "dispatch")
+DISPATCHERS.add(name="local", load=lambda: Local, supports=_not_over_ranks, note="one rank")
+DISPATCHERS.add(name="allgather", load=lambda: Local, supports=_not_over_ranks, note="one rank: the same as local")

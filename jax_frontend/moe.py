@@ -1,0 +1,206 @@
+"""Steps 1 to 9 as one module: gate, routed experts, shared experts, latent projections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moebius.core import activations, checks, layout
+from moebius.core.config import BackendConfig, MoEConfig
+from moebius.core.errors import ShapeError
+from moebius.jax_frontend.activate import activate
+from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
+from moebius.jax_frontend.experts import GroupedExperts
+from moebius.jax_frontend.gate import FakeBalancedGate, Gate
+from moebius.jax_frontend.matmul import linear
+from moebius.jax_frontend.route import quiet
+from moebius.jax_frontend.weights import draw
+
+
+class Linear(nnx.Module):
+    """A dense projection: weight [out, in] and bias [out] or None, cast to x.dtype at use.
+
+    Args:
+        n_in, n_out: widths. bias: hold a bias. param_dtype: to store in.
+        kernel_init: (key, shape, dtype) -> array for the weight; None for N(0, 0.02).
+        kernel_metadata: of the weight's nnx.Param; None for none. rngs: its `params` stream gives a key.
+    """
+
+    weight: nnx.Param[Array]
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        bias: bool,
+        *,
+        param_dtype: Any,
+        kernel_init: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.rows = layout.linear("", n_in, n_out, str(param_dtype), bias)
+        self.bias: nnx.Param[Array] | None = nnx.data(None)
+        for row in self.rows:
+            metadata = {} if row.zeros else dict(kernel_metadata or {})
+            setattr(self, row.name.removeprefix("."), nnx.Param(draw(row, rngs, kernel_init=kernel_init), **metadata))
+
+    def __call__(self, x: Array) -> Array:
+        """[..., out] in x.dtype."""
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+    def init_weights(self, init_std: float = 0.02, *, rngs: nnx.Rngs) -> None:
+        """Draw the weight anew from N(0, init_std); bias zero."""
+        for row in self.rows:
+            parameter = getattr(self, row.name.removeprefix("."))
+            parameter[...] = draw(row, rngs, init_std)
+
+
+class SharedExperts(nnx.Module):
+    """The MLP that every token visits: all shared experts side by side.
+
+    Args:
+        config: MoEConfig with n_shared_experts > 0. param_dtype: to store in; None for the config's.
+        kernel_init, kernel_metadata, rngs: of the projections, see Linear.
+
+    Attributes:
+        gate_proj (swiglu only, else None), up_proj, down_proj: Linear.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        param_dtype: Any = None,
+        kernel_init: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = c = MoEConfig.of(config)
+        self.activation = activations.resolve(c.shared_expert_activation, c)
+        kwargs: dict[str, Any] = {"param_dtype": param_dtype or c.dtype, "kernel_init": kernel_init, "rngs": rngs}
+        kwargs["kernel_metadata"] = kernel_metadata
+        inter, bias = c.shared_inter_dim, c.expert_bias
+        self.gate_proj = Linear(c.dim, inter, bias, **kwargs) if self.activation.gated else None
+        self.up_proj = Linear(c.dim, inter, bias, **kwargs)
+        self.down_proj = Linear(inter, c.dim, bias, **kwargs)
+
+    def __call__(self, x: Array) -> Array:
+        """[T, dim] to [T, dim], x.dtype."""
+        hidden_TU = self.up_proj(x)
+        if self.gate_proj is not None:
+            hidden_TU = jnp.concatenate([self.gate_proj(x), hidden_TU], axis=-1)
+        return self.down_proj(activate(hidden_TU, None, self.activation))
+
+
+class MoE(nnx.Module):
+    """A mixture-of-experts layer: y = routed experts of x + shared experts of x.
+
+    Unlike nnx.Linear, `param_dtype` follows the config and the computation follows x, as in PyTorch: parameters are
+    cast to x's dtype, x is never promoted to theirs.
+
+    Args:
+        config: MoEConfig, or any object with its attributes.
+        backend: BackendConfig, or any object with its attributes, or None.
+        dtype: to compute in; None for x's. param_dtype: to store in; None for the config's.
+        kernel_init: (key, shape, dtype) -> array for every matrix; None for N(0, 0.02).
+        kernel_metadata: of the routed experts' matrices, see GroupedExperts; None for none.
+        rngs: its `params` stream gives a key for each matrix.
+
+    Attributes:
+        gate: Gate or FakeBalancedGate. experts: GroupedExperts.
+        shared_experts, shared_expert_gate, fc1_latent_proj, fc2_latent_proj: modules, or None where the config
+            has none. The load and the auxiliary loss of the latest call: gate.last_load, gate.last_aux_loss.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        backend: Any = None,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        kernel_init: Any = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = c = MoEConfig.of(config)
+        self.backend = b = BackendConfig.of(backend)
+        self.dtype = None if dtype is None else as_dtype(dtype)
+        kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+        dense = {**kwargs, "param_dtype": param_dtype or c.dtype}
+        self.gate: Gate | FakeBalancedGate
+        if b.fake_balanced_gate:
+            self.gate = FakeBalancedGate(c, noise=b.fake_gate_noise)
+        else:
+            self.gate = Gate(c, b.gate_precision, **kwargs)
+        self.experts = GroupedExperts(c, b, dtype=dtype, kernel_metadata=kernel_metadata, **kwargs)
+        has_shared, latent = c.n_shared_experts > 0, c.moe_latent_size
+        self.shared_experts = SharedExperts(c, **kwargs) if has_shared else None
+        has_shared_gate = has_shared and c.shared_expert_gate
+        self.shared_expert_gate = Linear(c.dim, 1, False, **dense) if has_shared_gate else None
+        self.fc1_latent_proj = None if latent is None else Linear(c.dim, latent, c.expert_bias, **dense)
+        self.fc2_latent_proj = None if latent is None else Linear(latent, c.dim, c.expert_bias, **dense)
+
+    def __call__(self, x: Array, padding_mask: Array | None = None) -> Array:
+        """The layer's output.
+
+        Args:
+            x: [..., dim] floating.
+            padding_mask: bool, x's leading shape, True for padding: no routed output, counted nowhere. The shared
+                experts see padding too. None for none.
+        Returns:
+            x's shape, in the compute dtype.
+        Raises:
+            ShapeError, DTypeError: an input does not fit.
+        """
+        x = x if self.dtype is None else x.astype(self.dtype)
+        if len(x.shape) < 2:
+            raise ShapeError(f"x of shape [..., {self.config.dim}]", f"shape {tuple(x.shape)}", "add a token axis")
+        x_TD = x.reshape(-1, x.shape[-1])
+        checks.tokens(x_TD, self.config.dim)
+        token_mask_T = self._token_mask(x, padding_mask)
+        if padding_mask is not None:
+            x_TD = quiet(x_TD, token_mask_T)
+        weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T)
+        latent_TD = x_TD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TD)
+        y_TD = self.experts(latent_TD, token_mask_T, weights_TK, ids_TK)
+        if self.fc2_latent_proj is not None:
+            y_TD = self.fc2_latent_proj(y_TD)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self._shared(x_TD)
+        return y_TD.reshape(x.shape)
+
+    def _token_mask(self, x: Array, padding_mask: Array | None) -> Array:
+        if padding_mask is None:
+            return jnp.ones(math.prod(x.shape[:-1]), bool)
+        if tuple(padding_mask.shape) != tuple(x.shape[:-1]):
+            raise ShapeError(
+                f"padding_mask of x's leading shape {tuple(x.shape[:-1])}",
+                f"shape {tuple(padding_mask.shape)}",
+                "give one entry per token",
+            )
+        mask_T = padding_mask.reshape(-1)
+        checks.token_mask(mask_T, mask_T.shape[0], "padding_mask")
+        return ~mask_T
+
+    def _shared(self, x_TD: Array) -> Array:
+        assert self.shared_experts is not None
+        out_TD = self.shared_experts(x_TD)
+        if self.shared_expert_gate is None:
+            return out_TD
+        accumulate = accumulate_dtype(x_TD.dtype)
+        opening_T1 = jax.nn.sigmoid(self.shared_expert_gate(x_TD).astype(accumulate))
+        return (out_TD.astype(accumulate) * opening_T1).astype(x_TD.dtype)
+
+    def init_weights(self, init_std: float = 0.02, *, rngs: nnx.Rngs) -> None:
+        """Draw every weight anew from N(0, init_std); biases zero."""
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear | Gate | GroupedExperts):
+                module.init_weights(init_std, rngs=rngs)

@@ -1,0 +1,80 @@
+"""Steps 4 and 8: tokens to rows sorted by expert, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from moebius.jax_frontend.dispatch import Sent
+from moebius.jax_frontend.dtypes import accumulate_dtype
+
+
+class PermuteState(NamedTuple):
+    """Where each row came from and went: token_of_row_R [R] and its inverse row_of_slot_SK [S, K], int32."""
+
+    token_of_row_R: Array
+    row_of_slot_SK: Array
+
+
+class Permuted(NamedTuple):
+    """Rows sorted by expert; inside one expert by token, then slot. Rows past sum(group_sizes_e) are padding.
+
+    Attributes:
+        rows_RD: one row per (token, slot). row_weights_R: its routing weight, 0 in padding.
+        group_sizes_e: int32, rows of each expert. row_experts_R: int32, each row's expert, e in padding.
+        state: for `unpermute`.
+    """
+
+    rows_RD: Array
+    row_weights_R: Array
+    group_sizes_e: Array
+    row_experts_R: Array
+    state: PermuteState
+
+
+def permute(sent: Sent, n_experts: int) -> Permuted:
+    """Copy each token once per slot, in the order of its experts; slots without a route come last.
+
+    Spec: core.reference.permute. R = S * K always, so every shape is static.
+
+    Args:
+        sent: tokens with local ids in [0, n_experts], n_experts for no route.
+        n_experts: e, experts held here.
+    """
+    S, K = sent.ids_SK.shape
+    slots_R = jnp.arange(S * K, dtype=jnp.int32)
+    row_experts_R, order_R = lax.sort_key_val(sent.ids_SK.reshape(-1), slots_R, is_stable=True)
+    group_sizes_e = jnp.zeros(n_experts, jnp.int32).at[row_experts_R].add(1, mode="drop")
+    row_of_slot_SK = jnp.zeros_like(slots_R).at[order_R].set(slots_R, unique_indices=True)
+    state = PermuteState(order_R // max(K, 1), row_of_slot_SK.reshape(S, K))
+    weights_R = _take(sent.weights_SK.reshape(-1), order_R)
+    # where, not a product: a NaN weight of a masked token must not survive.
+    row_weights_R = jnp.where(row_experts_R < n_experts, weights_R, 0)
+    # Promoted and cast back: exact for the rows, and the gradient of x is summed promoted and rounded once.
+    promoted_SD = sent.x_SD.astype(accumulate_dtype(sent.x_SD.dtype))
+    rows_RD = _take(promoted_SD, state.token_of_row_R).astype(sent.x_SD.dtype)
+    return Permuted(rows_RD, row_weights_R, group_sizes_e, row_experts_R, state)
+
+
+def unpermute(out_RD: Array, state: PermuteState, row_weights_R: Array | None = None) -> Array:
+    """Sum each token's rows in promote_types(dtype, float32), weighted where weights are given, and round once.
+
+    Spec: core.reference.unpermute.
+
+    Args:
+        out_RD: rows in the order of `permute`; padding rows are zero.
+        row_weights_R: [R] weights to multiply by before the sum, None for none.
+    Returns:
+        [S, D], dtype of out_RD.
+    """
+    dtype = out_RD.dtype
+    out_RD = out_RD.astype(accumulate_dtype(dtype))
+    if row_weights_R is not None:
+        out_RD = out_RD * row_weights_R[:, None]
+    return _take(out_RD, state.row_of_slot_SK).sum(1).astype(dtype)
+
+
+def _take(array: Array, indices: Array) -> Array:
+    return array.at[indices].get(mode="promise_in_bounds")

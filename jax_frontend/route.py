@@ -1,0 +1,173 @@
+"""Step 2: logits to experts and weights, with the load and the losses that balance it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from moebius.core.config import MoEConfig
+from moebius.core.routing import NORM_EPSILON, RoutingRule
+from moebius.jax_frontend.dtypes import accumulate_dtype
+
+
+class Routing(NamedTuple):
+    """What the router decided.
+
+    Attributes:
+        weights_TK: routing weights, promote_types(logits.dtype, float32).
+        ids_TK: int32, the experts, best first.
+        scores_TE: every expert's score, normalised like the weights but not scaled; the auxiliary loss reads it.
+    """
+
+    weights_TK: Array
+    ids_TK: Array
+    scores_TE: Array
+
+
+def route(
+    logits_TE: Array,
+    config: MoEConfig,
+    *,
+    correction_bias_E: Array | None = None,
+    ids_TK: Array | None = None,
+) -> Routing:
+    """Choose K experts for each token and weight them, by the config's routing rule.
+
+    Spec: core.reference.route. Equal logits give equal routing in both frontends, the lowest id winning a tie; a
+    rule with a correction bias or groups chooses by scores, whose exp() may round differently in the last place.
+
+    Args:
+        logits_TE: [T, E], any floating dtype; computed in promote_types(dtype, float32).
+        config: names the rule, K, groups, normalisation and scale.
+        correction_bias_E: [E], added to the scores for the choice alone.
+        ids_TK: [T, K] forced experts; the weights are still taken from the live scores. None to choose.
+    """
+    rule = config.routing_rule
+    logits_TE = logits_TE.astype(accumulate_dtype(logits_TE.dtype))
+    score_TE = _score(logits_TE, rule)
+    if ids_TK is None:
+        choice_TE = _choice(lax.stop_gradient(logits_TE), lax.stop_gradient(score_TE), config, correction_bias_E)
+        ids_TK = _top_k(choice_TE, config.n_activated_experts)
+    chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E)
+    if config.norm_topk_prob and config.n_activated_experts > 1:
+        chosen_TK = _normalised(chosen_TK)
+        scores_TE = _normalised(scores_TE)
+    return Routing(chosen_TK * config.route_scale, ids_TK.astype(jnp.int32), scores_TE)
+
+
+def quiet(x_TD: Array, token_mask_T: Array) -> Array:
+    """x with inf and NaN of masked tokens set to zero, so that no product with a zero gradient revives them.
+
+    Spec: core.reference.quiet.
+    """
+    return jnp.where(token_mask_T[:, None] | jnp.isfinite(x_TD), x_TD, 0)
+
+
+def expert_load(ids_TK: Array, token_mask_T: Array, n_experts: int) -> Array:
+    """Tokens that chose each expert; a token counts once however often it names an expert.
+
+    Spec: core.reference.expert_load.
+
+    Returns:
+        [n_experts] int32. Unit: tokens.
+    """
+    here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
+    ids_TK = jnp.where(here_TK, ids_TK, n_experts).astype(jnp.int32)
+    tokens_T1 = jnp.arange(ids_TK.shape[0], dtype=jnp.int32)[:, None]
+    chosen_TE = jnp.zeros((ids_TK.shape[0], n_experts), bool).at[tokens_T1, ids_TK].set(True, mode="drop")
+    return chosen_TE.sum(0, dtype=jnp.int32)
+
+
+def aux_loss(scores_TE: Array, load_E: Array, token_mask_T: Array, k: int) -> Array:
+    """Load-balancing loss, a scalar in scores' dtype; 1 for uniform softmax routing. Not scaled by a coefficient.
+
+    Spec: core.reference.aux_loss. Source: Switch Transformers, arXiv:2101.03961, equation 4.
+    """
+    n = jnp.maximum(token_mask_T.sum(dtype=jnp.int32), 1).astype(scores_TE.dtype)
+    share_E = load_E.astype(scores_TE.dtype) * load_E.shape[0] / (k * n)
+    mean_E = jnp.where(token_mask_T[:, None], scores_TE, 0).sum(0) / n
+    return (share_E * mean_E).sum()
+
+
+def attach_aux_loss(weights_TK: Array, loss: Array, scale: float) -> Array:
+    """`weights_TK` unchanged; in backward `loss` receives the gradient `scale`, whatever the weights receive."""
+    return _attach_aux_loss(weights_TK, loss, jnp.asarray(scale, loss.dtype))
+
+
+def updated_correction_bias(bias_E: Array, load_E: Array, factor: float) -> Array:
+    """The correction bias one step on: up for experts below the mean load, down for those above.
+
+    Spec: core.reference.updated_correction_bias. Source: arXiv:2408.15664.
+    """
+    load_E = load_E.astype(bias_E.dtype)
+    return bias_E + factor * jnp.sign(load_E.mean() - load_E)
+
+
+@jax.custom_vjp
+def _attach_aux_loss(weights_TK: Array, loss: Array, scale: Array) -> Array:
+    return weights_TK
+
+
+def _attach_forward(weights_TK: Array, loss: Array, scale: Array) -> tuple[Array, Array]:
+    # As loss varies: inside shard_map a gradient must vary like what it is the gradient of.
+    return weights_TK, scale * jnp.ones_like(loss)
+
+
+def _attach_backward(dloss: Array, dweights_TK: Array) -> tuple[Array, Array, None]:
+    return dweights_TK, dloss, None
+
+
+_attach_aux_loss.defvjp(_attach_forward, _attach_backward)
+
+
+def _score(logits_TE: Array, rule: RoutingRule) -> Array:
+    if rule.score == "softmax":
+        return jax.nn.softmax(logits_TE, axis=-1)
+    if rule.score == "sigmoid":
+        return jax.nn.sigmoid(logits_TE)
+    # Where softplus underflows the square root's slope is infinite and softplus' own is 0: their product is NaN.
+    softplus_TE = jax.nn.softplus(logits_TE)
+    positive_TE = softplus_TE > 0
+    return jnp.where(positive_TE, jnp.sqrt(jnp.where(positive_TE, softplus_TE, 1)), softplus_TE)
+
+
+def _choice(logits_TE: Array, score_TE: Array, config: MoEConfig, correction_bias_E: Array | None) -> Array:
+    """What the top K are taken of."""
+    rule = config.routing_rule
+    bias_E = correction_bias_E if rule.uses_bias else None
+    if rule.group_fill is None or config.n_expert_groups <= 1:
+        return logits_TE if bias_E is None else score_TE + bias_E
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    per_group = choice_TE.shape[1] // config.n_expert_groups
+    choice_TGM = choice_TE.reshape(-1, config.n_expert_groups, per_group)
+    best = 1 if rule.group_score == "max_unless_bias" and bias_E is None else min(2, choice_TGM.shape[-1])
+    group_TG = lax.top_k(choice_TGM, best)[0].sum(-1)
+    kept_TL = _top_k(group_TG, config.n_limited_groups)
+    kept_TG = (kept_TL[:, :, None] == jnp.arange(config.n_expert_groups, dtype=jnp.int32)).any(1)
+    return jnp.where(kept_TG[..., None], choice_TGM, rule.group_fill).reshape(choice_TE.shape)
+
+
+def _top_k(choice_TE: Array, k: int) -> Array:
+    """[T, k] int32, best first; ties to the lowest id, -0 equal to +0, NaN last."""
+    # lax.top_k takes the lowest index of equal values, but ranks +0 above -0 and NaN first.
+    ranked_TE = jnp.where(choice_TE == 0, 0, choice_TE)
+    ranked_TE = jnp.where(jnp.isnan(ranked_TE), -jnp.inf, ranked_TE)
+    return lax.top_k(ranked_TE, k)[1]
+
+
+def _before_norm(
+    logits_TE: Array, score_TE: Array, ids_TK: Array, rule: RoutingRule, correction_bias_E: Array | None
+) -> tuple[Array, Array]:
+    """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
+    if rule.weights_from == "chosen_logits":
+        return jax.nn.softmax(jnp.take_along_axis(logits_TE, ids_TK, axis=1), axis=-1), score_TE
+    if rule.weights_from == "biased_scores" and correction_bias_E is not None:
+        score_TE = score_TE + correction_bias_E
+    return jnp.take_along_axis(score_TE, ids_TK, axis=1), score_TE
+
+
+def _normalised(value: Array) -> Array:
+    return value / (value.sum(-1, keepdims=True) + NORM_EPSILON)

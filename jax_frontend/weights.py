@@ -1,0 +1,72 @@
+"""The canonical parameters of a module: drawing, reading and writing them by the names of core.layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moebius.core import checks
+from moebius.core.errors import CheckpointError
+from moebius.core.layout import Parameter
+from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
+
+
+class CorrectionBias(nnx.Variable):
+    """The router's correction bias: part of a checkpoint, moved by `Gate.update_bias` and never by a gradient."""
+
+
+def draw(
+    parameter: Parameter, rngs: nnx.Rngs, std: float = 0.02, *, dtype: Any = None, kernel_init: Any = None
+) -> Array:
+    """A new value: N(0, std), or `kernel_init(key, shape, dtype)`; zeros for a bias, which takes no key.
+
+    Args:
+        parameter: names shape and dtype. rngs: its `params` stream gives one key.
+        dtype: to store in; None for the layout's.
+    """
+    stored = as_dtype(dtype or parameter.dtype)
+    if parameter.zeros:
+        return jnp.zeros(parameter.shape, stored)
+    key = rngs.params()
+    if kernel_init is not None:
+        value: Array = kernel_init(key, parameter.shape, stored)
+        return value
+    # Drawn promoted: a normal draw made of bfloat16 steps has no tails.
+    return (std * jax.random.normal(key, parameter.shape, accumulate_dtype(stored))).astype(stored)
+
+
+def parameters(module: nnx.Module) -> dict[str, Array]:
+    """The module's parameters and its correction bias by dotted name."""
+    return {name: variable[...] for name, variable in _variables(module).items()}
+
+
+def load_parameters(module: nnx.Module, values: Mapping[str, Array]) -> None:
+    """Put `values` into the module, cast to its parameters' dtype; all of them or, on an error, none.
+
+    Raises:
+        CheckpointError: names are missing or unexpected; lists all of them.
+        ShapeError: an array does not have the layout's shape.
+    """
+    own = _variables(module)
+    missing, unexpected = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
+    if missing or unexpected:
+        found = f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
+        raise CheckpointError(f"the {len(own)} parameters of {type(module).__name__}", found, "pass exactly these")
+    for name, value in values.items():
+        checks.parameter(name, value, tuple(own[name].shape))
+    for name, value in values.items():
+        before = own[name][...]
+        after = jnp.asarray(value, before.dtype)
+        # A parameter that was placed on devices stays there.
+        own[name][...] = jax.device_put(after, before.sharding) if getattr(before, "committed", False) else after
+
+
+def _variables(module: nnx.Module) -> dict[str, nnx.Variable[Array]]:
+    pairs = nnx.iter_graph(module)
+    kept = (nnx.Param, CorrectionBias)
+    return {".".join(map(str, path)): node for path, node in pairs if isinstance(node, kept)}
