@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moebius.core.errors import ConfigError, DTypeError, ShapeError
-
-if TYPE_CHECKING:
-    from moebius.core.layout import Parameter
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
@@ -110,8 +107,8 @@ def grouped_matmul(rows: Any, weight: Any, group_sizes: Any) -> None:
         )
 
 
-def parameters(given: Mapping[str, Any], rows: Iterable[Parameter]) -> None:
-    """`given` holds every parameter of the layout, each in its shape.
+def parameters(given: Mapping[str, Any], rows: Iterable[Any]) -> None:
+    """`given` holds every parameter of `rows` (core.layout.Parameter), each in its shape.
 
     Raises:
         ShapeError: names are missing (lists all), or a shape differs.

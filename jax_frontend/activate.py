@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,14 @@ from jax import Array
 from moebius.core.activations import Activation
 from moebius.jax_frontend.dtypes import accumulate_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 _GELU_SCALE = math.sqrt(2.0 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-def activate(hidden_RU: Array, row_weights_R: Array | None, activation: Activation) -> Array:
+def activate(hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] | None, activation: Activation) -> Array:
     """curve(gate) * (up + offset) * weight, computed in promote_types(dtype, float32) and rounded once.
 
     Spec: core.reference.activate; the row of ACTIVATIONS names its source.
@@ -34,7 +38,9 @@ def activate(hidden_RU: Array, row_weights_R: Array | None, activation: Activati
 # For the backward pass keep the inputs alone and compute the rest again: bfloat16 hidden_RU takes a fifth of what the
 # float32 steps would, and measured on a CPU the time is the same.
 @partial(jax.checkpoint, static_argnums=2)
-def _activate(hidden_RU: Array, row_weights_R: Array | None, activation: Activation) -> Array:
+def _activate(
+    hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] | None, activation: Activation
+) -> Array:
     gate_RI, up_RI = _halves(hidden_RU.astype(accumulate_dtype(hidden_RU.dtype)), activation)
     if activation.limit is not None:
         gate_RI = _below(gate_RI, activation.limit)
@@ -48,7 +54,7 @@ def _activate(hidden_RU: Array, row_weights_R: Array | None, activation: Activat
     return act_RI.astype(hidden_RU.dtype)
 
 
-def _halves(hidden_RU: Array, activation: Activation) -> tuple[Array, Array | None]:
+def _halves(hidden_RU: Float[Array, "R U"], activation: Activation) -> tuple[Array, Array | None]:
     if not activation.gated:
         return hidden_RU, None
     # split, not slices: the gradient of a split is one concatenation, that of slices a sum of padded arrays.
@@ -64,7 +70,7 @@ def _below(value: Array, limit: float) -> Array:
     return jnp.where(value > limit, limit, value)
 
 
-def _curve(gate_RI: Array, activation: Activation) -> Array:
+def _curve(gate_RI: Float[Array, "R I"], activation: Activation) -> Array:
     if activation.curve == "silu":
         return gate_RI * jax.nn.sigmoid(activation.alpha * gate_RI if activation.alpha != 1.0 else gate_RI)
     if activation.curve == "gelu_tanh":

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
 from jax import Array
 
 from moebius.jax_frontend.dtypes import accumulate_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
-def add_bias(out_RF: Array, bias_eF: Array | None, row_experts_R: Array, row_weights_R: Array | None = None) -> Array:
+
+def add_bias(
+    out_RF: Float[Array, "R F"],
+    bias_eF: Float[Array, "e F"] | None,
+    row_experts_R: Int[Array, " R"],
+    row_weights_R: Float[Array, " R"] | None = None,
+) -> Array:
     """out + bias of the row's expert, times the row's weight where weights are given; rounded once.
 
     Spec: core.reference.add_bias.
@@ -23,7 +34,7 @@ def add_bias(out_RF: Array, bias_eF: Array | None, row_experts_R: Array, row_wei
     if bias_eF is None:
         return out_RF
     accumulate = accumulate_dtype(out_RF.dtype)
-    bias_RF = bias_eF.astype(accumulate).at[row_experts_R].get(mode="fill", fill_value=0, indices_are_sorted=True)
+    bias_RF = jnp.asarray(bias_eF, accumulate).at[row_experts_R].get(mode="fill", fill_value=0, indices_are_sorted=True)
     if row_weights_R is not None:
         bias_RF = bias_RF * row_weights_R[:, None]
     return (out_RF.astype(accumulate) + bias_RF).astype(out_RF.dtype)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
 
 from moebius.core.registry import Problem, Registry
 from moebius.jax_frontend.dtypes import accumulate_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class Sent(NamedTuple):
@@ -20,21 +23,27 @@ class Sent(NamedTuple):
         ids_SK: int32, counted from this rank's first expert; e stands for no route.
     """
 
-    x_SD: Array
-    weights_SK: Array
-    ids_SK: Array
+    x_SD: Float[Array, "S D"]
+    weights_SK: Float[Array, "S K"]
+    ids_SK: Int[Array, "S K"]
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Moves tokens to the ranks that hold their experts. State is returned, never stored."""
 
     def dispatch(
-        self, x_TD: Array, weights_TK: Array, ids_TK: Array, token_mask_T: Array, n_experts: int
+        self,
+        x_TD: Float[Array, "T D"],
+        weights_TK: Float[Array, "T K"],
+        ids_TK: Int[Array, "T K"],
+        token_mask_T: Bool[Array, " T"],
+        n_experts: int,
     ) -> tuple[Sent, Any]:
         """Tokens, weights and local ids for this rank, and the state that `combine` takes."""
         ...
 
-    def combine(self, y_SD: Array, state: Any) -> Array:
+    def combine(self, y_SD: Float[Array, "S D"], state: Any) -> Array:
         """[T, D]: each of this rank's tokens, summed over the ranks."""
         ...
 
@@ -45,7 +54,12 @@ class Local:
     """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
 
     def dispatch(
-        self, x_TD: Array, weights_TK: Array, ids_TK: Array, token_mask_T: Array, n_experts: int
+        self,
+        x_TD: Float[Array, "T D"],
+        weights_TK: Float[Array, "T K"],
+        ids_TK: Int[Array, "T K"],
+        token_mask_T: Bool[Array, " T"],
+        n_experts: int,
     ) -> tuple[Sent, None]:
         """Promote the weights; a masked token, -1 and any id outside [0, n_experts) becomes n_experts: no route."""
         here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
@@ -53,7 +67,7 @@ class Local:
         ids_TK = jnp.where(here_TK, ids_TK, n_experts).astype(jnp.int32)
         return Sent(x_TD, weights_TK.astype(accumulate_dtype(x_TD.dtype)), ids_TK), None
 
-    def combine(self, y_SD: Array, state: None) -> Array:
+    def combine(self, y_SD: Float[Array, "S D"], state: None) -> Array:
         """`y_SD` itself."""
         return y_SD
 

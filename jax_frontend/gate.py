@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.route import attach_aux_loss, aux_loss, expert_load, quiet, route, updated_correction_bias
 from moebius.jax_frontend.weights import CorrectionBias, draw
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 class RoutingStatistic(nnx.Variable):
@@ -110,7 +113,7 @@ class Gate(nnx.Module):
         weight, bias = self.weight[...], None if self.bias is None else self.bias[...]
         return (weight, bias) if self.config.train_gate else lax.stop_gradient((weight, bias))
 
-    def _record(self, ids_TK: Array, scores_TE: Array, token_mask: Array) -> Array | None:
+    def _record(self, ids_TK: Int[Array, "T K"], scores_TE: Float[Array, "T E"], token_mask: Array) -> Array | None:
         """Keep the load where something needs it; the auxiliary loss in training."""
         c, training = self.config, not self.deterministic
         needed = training and (c.gate_bias_update_factor > 0 or c.aux_loss_coeff > 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -20,6 +20,9 @@ from moebius.core import checks
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.jax_frontend.checks import check_group_sizes
 from moebius.jax_frontend.dtypes import accumulate_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 class Kernels(NamedTuple):
@@ -35,7 +38,13 @@ class Kernels(NamedTuple):
     weight_gradient: Callable[[Array, Array, Array], Array]
 
 
-def grouped_matmul(rows_RD: Array, weight_eDF: Array, group_sizes_e: Array, *, backend: str | None = None) -> Array:
+def grouped_matmul(
+    rows_RD: Float[Array, "R D"],
+    weight_eDF: Float[Array, "e D F"],
+    group_sizes_e: Int[Array, " e"],
+    *,
+    backend: str | None = None,
+) -> Array:
     """Multiply each group of rows by its own expert's matrix.
 
     Spec: core.reference.grouped_matmul. Source: MegaBlocks, arXiv:2211.15841.
@@ -58,7 +67,7 @@ def grouped_matmul(rows_RD: Array, weight_eDF: Array, group_sizes_e: Array, *, b
     return _product(name, False, *_alike(rows_RD, weight_eDF, group_sizes_e))
 
 
-def linear(x: Array, weight_FD: Array, bias_F: Array | None = None) -> Array:
+def linear(x: Array, weight_FD: Float[Array, "F D"], bias_F: Float[Array, " F"] | None = None) -> Array:
     """x @ weight^T + bias in x's dtype, with the output-major weight of dense projections cast to it.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from moebius.jax_frontend.gate import FakeBalancedGate, Gate
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.route import quiet
 from moebius.jax_frontend.weights import draw
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Linear(nnx.Module):
@@ -190,7 +193,7 @@ class MoE(nnx.Module):
         checks.token_mask(mask_T, mask_T.shape[0], "padding_mask")
         return ~mask_T
 
-    def _shared(self, x_TD: Array) -> Array:
+    def _shared(self, x_TD: Float[Array, "T D"]) -> Array:
         assert self.shared_experts is not None
         out_TD = self.shared_experts(x_TD)
         if self.shared_expert_gate is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,12 +10,15 @@ from jax import Array, lax
 from moebius.jax_frontend.dispatch import Sent
 from moebius.jax_frontend.dtypes import accumulate_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 class PermuteState(NamedTuple):
     """Where each row came from and went: token_of_row_R [R] and its inverse row_of_slot_SK [S, K], int32."""
 
-    token_of_row_R: Array
-    row_of_slot_SK: Array
+    token_of_row_R: Int[Array, " R"]
+    row_of_slot_SK: Int[Array, "S K"]
 
 
 class Permuted(NamedTuple):
@@ -27,10 +30,10 @@ class Permuted(NamedTuple):
         state: for `unpermute`.
     """
 
-    rows_RD: Array
-    row_weights_R: Array
-    group_sizes_e: Array
-    row_experts_R: Array
+    rows_RD: Float[Array, "R D"]
+    row_weights_R: Float[Array, " R"]
+    group_sizes_e: Int[Array, " e"]
+    row_experts_R: Int[Array, " R"]
     state: PermuteState
 
 
@@ -58,7 +61,9 @@ def permute(sent: Sent, n_experts: int) -> Permuted:
     return Permuted(rows_RD, row_weights_R, group_sizes_e, row_experts_R, state)
 
 
-def unpermute(out_RD: Array, state: PermuteState, row_weights_R: Array | None = None) -> Array:
+def unpermute(
+    out_RD: Float[Array, "R D"], state: PermuteState, row_weights_R: Float[Array, " R"] | None = None
+) -> Array:
     """Sum each token's rows in promote_types(dtype, float32), weighted where weights are given, and round once.
 
     Spec: core.reference.unpermute.
@@ -77,4 +82,4 @@ def unpermute(out_RD: Array, state: PermuteState, row_weights_R: Array | None = 
 
 
 def _take(array: Array, indices: Array) -> Array:
-    return array.at[indices].get(mode="promise_in_bounds")
+    return jnp.asarray(array).at[indices].get(mode="promise_in_bounds")

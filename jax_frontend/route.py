@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from jax import Array, lax
 from moebius.core.config import MoEConfig
 from moebius.core.routing import NORM_EPSILON, RoutingRule
 from moebius.jax_frontend.dtypes import accumulate_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class Routing(NamedTuple):
@@ -22,17 +25,17 @@ class Routing(NamedTuple):
         scores_TE: every expert's score, normalised like the weights but not scaled; the auxiliary loss reads it.
     """
 
-    weights_TK: Array
-    ids_TK: Array
-    scores_TE: Array
+    weights_TK: Float[Array, "T K"]
+    ids_TK: Int[Array, "T K"]
+    scores_TE: Float[Array, "T E"]
 
 
 def route(
-    logits_TE: Array,
+    logits_TE: Float[Array, "T E"],
     config: MoEConfig,
     *,
-    correction_bias_E: Array | None = None,
-    ids_TK: Array | None = None,
+    correction_bias_E: Float[Array, " E"] | None = None,
+    ids_TK: Int[Array, "T K"] | None = None,
 ) -> Routing:
     """Choose K experts for each token and weight them, by the config's routing rule.
 
@@ -58,7 +61,7 @@ def route(
     return Routing(chosen_TK * config.route_scale, ids_TK.astype(jnp.int32), scores_TE)
 
 
-def quiet(x_TD: Array, token_mask_T: Array) -> Array:
+def quiet(x_TD: Float[Array, "T D"], token_mask_T: Bool[Array, " T"]) -> Array:
     """x with inf and NaN of masked tokens set to zero, so that no product with a zero gradient revives them.
 
     Spec: core.reference.quiet.
@@ -66,7 +69,7 @@ def quiet(x_TD: Array, token_mask_T: Array) -> Array:
     return jnp.where(token_mask_T[:, None] | jnp.isfinite(x_TD), x_TD, 0)
 
 
-def expert_load(ids_TK: Array, token_mask_T: Array, n_experts: int) -> Array:
+def expert_load(ids_TK: Int[Array, "T K"], token_mask_T: Bool[Array, " T"], n_experts: int) -> Array:
     """Tokens that chose each expert; a token counts once however often it names an expert.
 
     Spec: core.reference.expert_load.
@@ -81,7 +84,9 @@ def expert_load(ids_TK: Array, token_mask_T: Array, n_experts: int) -> Array:
     return chosen_TE.sum(0, dtype=jnp.int32)
 
 
-def aux_loss(scores_TE: Array, load_E: Array, token_mask_T: Array, k: int) -> Array:
+def aux_loss(
+    scores_TE: Float[Array, "T E"], load_E: Int[Array, " E"], token_mask_T: Bool[Array, " T"], k: int
+) -> Array:
     """Load-balancing loss, a scalar in scores' dtype; 1 for uniform softmax routing. Not scaled by a coefficient.
 
     Spec: core.reference.aux_loss. Source: Switch Transformers, arXiv:2101.03961, equation 4.
@@ -92,12 +97,12 @@ def aux_loss(scores_TE: Array, load_E: Array, token_mask_T: Array, k: int) -> Ar
     return (share_E * mean_E).sum()
 
 
-def attach_aux_loss(weights_TK: Array, loss: Array, scale: float) -> Array:
+def attach_aux_loss(weights_TK: Float[Array, "T K"], loss: Array, scale: float) -> Array:
     """`weights_TK` unchanged; in backward `loss` receives the gradient `scale`, whatever the weights receive."""
     return _attach_aux_loss(weights_TK, loss, jnp.asarray(scale, loss.dtype))
 
 
-def updated_correction_bias(bias_E: Array, load_E: Array, factor: float) -> Array:
+def updated_correction_bias(bias_E: Float[Array, " E"], load_E: Int[Array, " E"], factor: float) -> Array:
     """The correction bias one step on: up for experts below the mean load, down for those above.
 
     Spec: core.reference.updated_correction_bias. Source: arXiv:2408.15664.
@@ -107,23 +112,23 @@ def updated_correction_bias(bias_E: Array, load_E: Array, factor: float) -> Arra
 
 
 @jax.custom_vjp
-def _attach_aux_loss(weights_TK: Array, loss: Array, scale: Array) -> Array:
+def _attach_aux_loss(weights_TK: Float[Array, "T K"], loss: Array, scale: Array) -> Array:
     return weights_TK
 
 
-def _attach_forward(weights_TK: Array, loss: Array, scale: Array) -> tuple[Array, Array]:
+def _attach_forward(weights_TK: Float[Array, "T K"], loss: Array, scale: Array) -> tuple[Array, Array]:
     # As loss varies: inside shard_map a gradient must vary like what it is the gradient of.
     return weights_TK, scale * jnp.ones_like(loss)
 
 
-def _attach_backward(dloss: Array, dweights_TK: Array) -> tuple[Array, Array, None]:
+def _attach_backward(dloss: Array, dweights_TK: Float[Array, "T K"]) -> tuple[Array, Array, None]:
     return dweights_TK, dloss, None
 
 
 _attach_aux_loss.defvjp(_attach_forward, _attach_backward)
 
 
-def _score(logits_TE: Array, rule: RoutingRule) -> Array:
+def _score(logits_TE: Float[Array, "T E"], rule: RoutingRule) -> Array:
     if rule.score == "softmax":
         return jax.nn.softmax(logits_TE, axis=-1)
     if rule.score == "sigmoid":
@@ -134,7 +139,12 @@ def _score(logits_TE: Array, rule: RoutingRule) -> Array:
     return jnp.where(positive_TE, jnp.sqrt(jnp.where(positive_TE, softplus_TE, 1)), softplus_TE)
 
 
-def _choice(logits_TE: Array, score_TE: Array, config: MoEConfig, correction_bias_E: Array | None) -> Array:
+def _choice(
+    logits_TE: Float[Array, "T E"],
+    score_TE: Float[Array, "T E"],
+    config: MoEConfig,
+    correction_bias_E: Float[Array, " E"] | None,
+) -> Array:
     """What the top K are taken of."""
     rule = config.routing_rule
     bias_E = correction_bias_E if rule.uses_bias else None
@@ -150,8 +160,8 @@ def _choice(logits_TE: Array, score_TE: Array, config: MoEConfig, correction_bia
     return jnp.where(kept_TG[..., None], choice_TGM, rule.group_fill).reshape(choice_TE.shape)
 
 
-def _top_k(choice_TE: Array, k: int) -> Array:
-    """[T, k] int32, best first; ties to the lowest id, -0 equal to +0, NaN last."""
+def _top_k(choice_TE: Float[Array, "T E"], k: int) -> Array:
+    """[T, k] int32, best first; ties to the lowest id, -0 equal to +0, NaN ranks as -inf."""
     # lax.top_k takes the lowest index of equal values, but ranks +0 above -0 and NaN first.
     ranked_TE = jnp.where(choice_TE == 0, 0, choice_TE)
     ranked_TE = jnp.where(jnp.isnan(ranked_TE), -jnp.inf, ranked_TE)
@@ -159,7 +169,11 @@ def _top_k(choice_TE: Array, k: int) -> Array:
 
 
 def _before_norm(
-    logits_TE: Array, score_TE: Array, ids_TK: Array, rule: RoutingRule, correction_bias_E: Array | None
+    logits_TE: Float[Array, "T E"],
+    score_TE: Float[Array, "T E"],
+    ids_TK: Int[Array, "T K"],
+    rule: RoutingRule,
+    correction_bias_E: Float[Array, " E"] | None,
 ) -> tuple[Array, Array]:
     """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
     if rule.weights_from == "chosen_logits":

@@ -63,7 +63,8 @@ def load_parameters(module: nnx.Module, values: Mapping[str, Array]) -> None:
         before = own[name][...]
         after = jnp.asarray(value, before.dtype)
         # A parameter that was placed on devices stays there.
-        own[name][...] = jax.device_put(after, before.sharding) if getattr(before, "committed", False) else after
+        placed = getattr(before, "committed", False)
+        own[name].set_value(jax.device_put(after, before.sharding) if placed else after)
 
 
 def _variables(module: nnx.Module) -> dict[str, nnx.Variable[Array]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,11 +11,16 @@ from torch import Tensor
 from moebius.core.activations import Activation
 from moebius.torch_frontend.dtypes import accumulate_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 _GELU_SCALE = math.sqrt(2.0 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-def activate(hidden_RU: Tensor, row_weights_R: Tensor | None, activation: Activation) -> Tensor:
+def activate(
+    hidden_RU: Float[Tensor, "R U"], row_weights_R: Float[Tensor, " R"] | None, activation: Activation
+) -> Tensor:
     """curve(gate) * (up + offset) * weight, computed in promote_types(dtype, float32) and rounded once.
 
     Spec: core.reference.activate; the row of ACTIVATIONS names its source.
@@ -39,7 +45,7 @@ def activate(hidden_RU: Tensor, row_weights_R: Tensor | None, activation: Activa
     return act_RI.to(hidden_RU.dtype)
 
 
-def _halves(hidden_RU: Tensor, activation: Activation) -> tuple[Tensor, Tensor | None]:
+def _halves(hidden_RU: Float[Tensor, "R U"], activation: Activation) -> tuple[Tensor, Tensor | None]:
     if not activation.gated:
         return hidden_RU, None
     if activation.interleaved:
@@ -53,7 +59,7 @@ def _below(value: Tensor, limit: float) -> Tensor:
     return torch.where(value > limit, limit, value)
 
 
-def _curve(gate_RI: Tensor, activation: Activation) -> Tensor:
+def _curve(gate_RI: Float[Tensor, "R I"], activation: Activation) -> Tensor:
     if activation.curve == "silu":
         return gate_RI * torch.sigmoid(activation.alpha * gate_RI if activation.alpha != 1.0 else gate_RI)
     if activation.curve == "gelu_tanh":

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn.functional import pad
 
 from moebius.torch_frontend.dtypes import accumulate_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 def add_bias(
-    out_RF: Tensor, bias_eF: Tensor | None, row_experts_R: Tensor, row_weights_R: Tensor | None = None
+    out_RF: Float[Tensor, "R F"],
+    bias_eF: Float[Tensor, "e F"] | None,
+    row_experts_R: Int[Tensor, " R"],
+    row_weights_R: Float[Tensor, " R"] | None = None,
 ) -> Tensor:
     """out + bias of the row's expert, times the row's weight where weights are given; rounded once.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from moebius.core.registry import Problem, Registry
 from moebius.torch_frontend.dtypes import accumulate_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class Sent(NamedTuple):
@@ -19,21 +22,27 @@ class Sent(NamedTuple):
         ids_SK: int32, counted from this rank's first expert; e stands for no route.
     """
 
-    x_SD: Tensor
-    weights_SK: Tensor
-    ids_SK: Tensor
+    x_SD: Float[Tensor, "S D"]
+    weights_SK: Float[Tensor, "S K"]
+    ids_SK: Int[Tensor, "S K"]
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """Moves tokens to the ranks that hold their experts. State is returned, never stored."""
 
     def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, token_mask_T: Tensor, n_experts: int
+        self,
+        x_TD: Float[Tensor, "T D"],
+        weights_TK: Float[Tensor, "T K"],
+        ids_TK: Int[Tensor, "T K"],
+        token_mask_T: Bool[Tensor, " T"],
+        n_experts: int,
     ) -> tuple[Sent, Any]:
         """Tokens, weights and local ids for this rank, and the state that `combine` takes."""
         ...
 
-    def combine(self, y_SD: Tensor, state: Any) -> Tensor:
+    def combine(self, y_SD: Float[Tensor, "S D"], state: Any) -> Tensor:
         """[T, D]: each of this rank's tokens, summed over the ranks."""
         ...
 
@@ -42,7 +51,12 @@ class Local:
     """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
 
     def dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, token_mask_T: Tensor, n_experts: int
+        self,
+        x_TD: Float[Tensor, "T D"],
+        weights_TK: Float[Tensor, "T K"],
+        ids_TK: Int[Tensor, "T K"],
+        token_mask_T: Bool[Tensor, " T"],
+        n_experts: int,
     ) -> tuple[Sent, None]:
         """Promote the weights; a masked token, -1 and any id outside [0, n_experts) becomes n_experts: no route."""
         here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
@@ -50,7 +64,7 @@ class Local:
         ids_TK = torch.where(here_TK, ids_TK, n_experts).to(torch.int32)
         return Sent(x_TD, weights_TK.to(accumulate_dtype(x_TD.dtype)), ids_TK), None
 
-    def combine(self, y_SD: Tensor, state: None) -> Tensor:
+    def combine(self, y_SD: Float[Tensor, "S D"], state: None) -> Tensor:
         """`y_SD` itself."""
         return y_SD
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.torch_frontend.matmul import linear
 from moebius.torch_frontend.route import attach_aux_loss, aux_loss, expert_load, quiet, route, updated_correction_bias
 from moebius.torch_frontend.weights import draw
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 class Gate(nn.Module):
@@ -92,7 +95,7 @@ class Gate(nn.Module):
         out = accumulate_dtype(x.dtype) if self.config.router_weights_fp32 else x.dtype
         return weights_TK.to(out), routing.ids_TK, loss
 
-    def _record(self, ids_TK: Tensor, scores_TE: Tensor, token_mask: Tensor) -> Tensor | None:
+    def _record(self, ids_TK: Int[Tensor, "T K"], scores_TE: Float[Tensor, "T E"], token_mask: Tensor) -> Tensor | None:
         """Keep the load where something needs it; the auxiliary loss in training."""
         c = self.config
         needed = self.training and (c.gate_bias_update_factor > 0 or c.aux_loss_coeff > 0)

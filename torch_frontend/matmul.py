@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from moebius.core import checks
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend.checks import check_group_sizes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 _ANY = ""  # operators take no optional string
 
@@ -33,7 +36,13 @@ class Kernels(NamedTuple):
     weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def grouped_matmul(rows_RD: Tensor, weight_eDF: Tensor, group_sizes_e: Tensor, *, backend: str | None = None) -> Tensor:
+def grouped_matmul(
+    rows_RD: Float[Tensor, "R D"],
+    weight_eDF: Float[Tensor, "e D F"],
+    group_sizes_e: Int[Tensor, " e"],
+    *,
+    backend: str | None = None,
+) -> Tensor:
     """Multiply each group of rows by its own expert's matrix.
 
     Spec: core.reference.grouped_matmul. Source: MegaBlocks, arXiv:2211.15841.
@@ -57,7 +66,7 @@ def grouped_matmul(rows_RD: Tensor, weight_eDF: Tensor, group_sizes_e: Tensor, *
     return out_RF
 
 
-def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight_FD: Float[Tensor, "F D"], bias_F: Float[Tensor, " F"] | None = None) -> Tensor:
     """x @ weight^T + bias in x's dtype, with the output-major weight of dense projections cast to it.
 
     Args:
@@ -90,14 +99,22 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-@torch.library.custom_op("moebius::grouped_matmul", mutates_args=())
+@torch.library.custom_op(
+    "moebius::grouped_matmul",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight, Tensor group_sizes, str backend) -> Tensor",
+)
 def _product(rows: Tensor, weight: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     if 0 in (rows.shape[0], weight.shape[0]):
         return rows.new_zeros(rows.shape[0], weight.shape[2])
     return _kernels(backend, rows, weight.shape).product(rows, weight, group_sizes)
 
 
-@torch.library.custom_op("moebius::grouped_matmul_weight_gradient", mutates_args=())
+@torch.library.custom_op(
+    "moebius::grouped_matmul_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor dout, Tensor group_sizes, str backend) -> Tensor",
+)
 def _weight_gradient(rows: Tensor, dout: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     if 0 in (rows.shape[0], group_sizes.shape[0]):
         return rows.new_zeros(group_sizes.shape[0], rows.shape[1], dout.shape[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from moebius.torch_frontend.gate import FakeBalancedGate, Gate
 from moebius.torch_frontend.matmul import linear
 from moebius.torch_frontend.route import quiet
 from moebius.torch_frontend.weights import draw
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Linear(nn.Module):
@@ -163,7 +166,7 @@ class MoE(nn.Module):
         checks.token_mask(mask_T, mask_T.shape[0], "padding_mask")
         return ~mask_T
 
-    def _shared(self, x_TD: Tensor) -> Tensor:
+    def _shared(self, x_TD: Float[Tensor, "T D"]) -> Tensor:
         assert self.shared_experts is not None
         out_TD: Tensor = self.shared_experts(x_TD)
         if self.shared_expert_gate is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +10,15 @@ from torch import Tensor
 from moebius.torch_frontend.dispatch import Sent
 from moebius.torch_frontend.dtypes import accumulate_dtype
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 class PermuteState(NamedTuple):
     """Where each row came from and went: token_of_row_R [R] and its inverse row_of_slot_SK [S, K], int64."""
 
-    token_of_row_R: Tensor
-    row_of_slot_SK: Tensor
+    token_of_row_R: Int[Tensor, " R"]
+    row_of_slot_SK: Int[Tensor, "S K"]
 
 
 class Permuted(NamedTuple):
@@ -27,10 +30,10 @@ class Permuted(NamedTuple):
         state: for `unpermute`.
     """
 
-    rows_RD: Tensor
-    row_weights_R: Tensor
-    group_sizes_e: Tensor
-    row_experts_R: Tensor
+    rows_RD: Float[Tensor, "R D"]
+    row_weights_R: Float[Tensor, " R"]
+    group_sizes_e: Int[Tensor, " e"]
+    row_experts_R: Int[Tensor, " R"]
     state: PermuteState
 
 
@@ -56,7 +59,9 @@ def permute(sent: Sent, n_experts: int) -> Permuted:
     return Permuted(rows_RD, row_weights_R, group_sizes_e, row_experts_R, state)
 
 
-def unpermute(out_RD: Tensor, state: PermuteState, row_weights_R: Tensor | None = None) -> Tensor:
+def unpermute(
+    out_RD: Float[Tensor, "R D"], state: PermuteState, row_weights_R: Float[Tensor, " R"] | None = None
+) -> Tensor:
     """Sum each token's rows in promote_types(dtype, float32), weighted where weights are given, and round once.
 
     Spec: core.reference.unpermute.
@@ -74,11 +79,11 @@ def unpermute(out_RD: Tensor, state: PermuteState, row_weights_R: Tensor | None 
     return summed.to(dtype)
 
 
-def _gather(x_SD: Tensor, token_of_row_R: Tensor) -> Tensor:
+def _gather(x_SD: Float[Tensor, "S D"], token_of_row_R: Int[Tensor, " R"]) -> Tensor:
     return x_SD.index_select(0, token_of_row_R)
 
 
-def _sum_slots(rows_RD: Tensor, row_of_slot_SK: Tensor) -> Tensor:
+def _sum_slots(rows_RD: Float[Tensor, "R D"], row_of_slot_SK: Int[Tensor, "S K"]) -> Tensor:
     slots_SKD = rows_RD.index_select(0, row_of_slot_SK.flatten()).view(*row_of_slot_SK.shape, rows_RD.shape[1])
     return slots_SKD.sum(1, dtype=accumulate_dtype(rows_RD.dtype)).to(rows_RD.dtype)
 
@@ -87,7 +92,9 @@ def _sum_slots(rows_RD: Tensor, row_of_slot_SK: Tensor) -> Tensor:
 # order of threads, and the gradient of x is summed promoted and rounded once.
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(x_SD: Tensor, token_of_row_R: Tensor, row_of_slot_SK: Tensor) -> Tensor:
+    def forward(
+        x_SD: Float[Tensor, "S D"], token_of_row_R: Int[Tensor, " R"], row_of_slot_SK: Int[Tensor, "S K"]
+    ) -> Tensor:
         return _gather(x_SD, token_of_row_R)
 
     @staticmethod
@@ -101,7 +108,9 @@ class _Gather(torch.autograd.Function):
 
 class _SumSlots(torch.autograd.Function):
     @staticmethod
-    def forward(rows_RD: Tensor, token_of_row_R: Tensor, row_of_slot_SK: Tensor) -> Tensor:
+    def forward(
+        rows_RD: Float[Tensor, "R D"], token_of_row_R: Int[Tensor, " R"], row_of_slot_SK: Int[Tensor, "S K"]
+    ) -> Tensor:
         return _sum_slots(rows_RD, row_of_slot_SK)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from moebius.core.config import MoEConfig
 from moebius.core.routing import NORM_EPSILON, RoutingRule
 from moebius.torch_frontend.dtypes import accumulate_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 class Routing(NamedTuple):
@@ -21,17 +24,17 @@ class Routing(NamedTuple):
         scores_TE: every expert's score, normalised like the weights but not scaled; the auxiliary loss reads it.
     """
 
-    weights_TK: Tensor
-    ids_TK: Tensor
-    scores_TE: Tensor
+    weights_TK: Float[Tensor, "T K"]
+    ids_TK: Int[Tensor, "T K"]
+    scores_TE: Float[Tensor, "T E"]
 
 
 def route(
-    logits_TE: Tensor,
+    logits_TE: Float[Tensor, "T E"],
     config: MoEConfig,
     *,
-    correction_bias_E: Tensor | None = None,
-    ids_TK: Tensor | None = None,
+    correction_bias_E: Float[Tensor, " E"] | None = None,
+    ids_TK: Int[Tensor, "T K"] | None = None,
 ) -> Routing:
     """Choose K experts for each token and weight them, by the config's routing rule.
 
@@ -57,7 +60,7 @@ def route(
     return Routing(chosen_TK * config.route_scale, ids_TK.to(torch.int32), scores_TE)
 
 
-def quiet(x_TD: Tensor, token_mask_T: Tensor) -> Tensor:
+def quiet(x_TD: Float[Tensor, "T D"], token_mask_T: Bool[Tensor, " T"]) -> Tensor:
     """x with inf and NaN of masked tokens set to zero, so that no product with a zero gradient revives them.
 
     Spec: core.reference.quiet.
@@ -65,7 +68,7 @@ def quiet(x_TD: Tensor, token_mask_T: Tensor) -> Tensor:
     return torch.where(token_mask_T[:, None] | torch.isfinite(x_TD), x_TD, 0.0)
 
 
-def expert_load(ids_TK: Tensor, token_mask_T: Tensor, n_experts: int) -> Tensor:
+def expert_load(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int) -> Tensor:
     """Tokens that chose each expert; a token counts once however often it names an expert.
 
     Spec: core.reference.expert_load.
@@ -79,7 +82,9 @@ def expert_load(ids_TK: Tensor, token_mask_T: Tensor, n_experts: int) -> Tensor:
     return chosen_TE[:, :n_experts].sum(0, dtype=torch.int32)
 
 
-def aux_loss(scores_TE: Tensor, load_E: Tensor, token_mask_T: Tensor, k: int) -> Tensor:
+def aux_loss(
+    scores_TE: Float[Tensor, "T E"], load_E: Int[Tensor, " E"], token_mask_T: Bool[Tensor, " T"], k: int
+) -> Tensor:
     """Load-balancing loss, a scalar in scores' dtype; 1 for uniform softmax routing. Not scaled by a coefficient.
 
     Spec: core.reference.aux_loss. Source: Switch Transformers, arXiv:2101.03961, equation 4.
@@ -90,13 +95,13 @@ def aux_loss(scores_TE: Tensor, load_E: Tensor, token_mask_T: Tensor, k: int) ->
     return (share_E * mean_E).sum()
 
 
-def attach_aux_loss(weights_TK: Tensor, loss: Tensor, scale: float) -> Tensor:
+def attach_aux_loss(weights_TK: Float[Tensor, "T K"], loss: Tensor, scale: float) -> Tensor:
     """`weights_TK` unchanged; in backward `loss` receives the gradient `scale`, whatever the weights receive."""
     attached: Tensor = _AttachAuxLoss.apply(weights_TK, loss, scale)
     return attached
 
 
-def updated_correction_bias(bias_E: Tensor, load_E: Tensor, factor: float) -> Tensor:
+def updated_correction_bias(bias_E: Float[Tensor, " E"], load_E: Int[Tensor, " E"], factor: float) -> Tensor:
     """The correction bias one step on: up for experts below the mean load, down for those above.
 
     Spec: core.reference.updated_correction_bias. Source: arXiv:2408.15664.
@@ -107,7 +112,7 @@ def updated_correction_bias(bias_E: Tensor, load_E: Tensor, factor: float) -> Te
 
 class _AttachAuxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(weights_TK: Tensor, loss: Tensor, scale: float) -> Tensor:
+    def forward(weights_TK: Float[Tensor, "T K"], loss: Tensor, scale: float) -> Tensor:
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
@@ -121,7 +126,7 @@ class _AttachAuxLoss(torch.autograd.Function):
         return grads[0], torch.full((), ctx.scale, dtype=dtype, device=device), None
 
 
-def _score(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
+def _score(logits_TE: Float[Tensor, "T E"], rule: RoutingRule) -> Tensor:
     if rule.score == "softmax":
         return torch.softmax(logits_TE, dim=-1)
     if rule.score == "sigmoid":
@@ -129,7 +134,12 @@ def _score(logits_TE: Tensor, rule: RoutingRule) -> Tensor:
     return torch.sqrt(torch.logaddexp(logits_TE, torch.zeros_like(logits_TE)))
 
 
-def _choice(logits_TE: Tensor, score_TE: Tensor, config: MoEConfig, correction_bias_E: Tensor | None) -> Tensor:
+def _choice(
+    logits_TE: Float[Tensor, "T E"],
+    score_TE: Float[Tensor, "T E"],
+    config: MoEConfig,
+    correction_bias_E: Float[Tensor, " E"] | None,
+) -> Tensor:
     """What the top K are taken of."""
     rule = config.routing_rule
     bias_E = correction_bias_E if rule.uses_bias else None
@@ -144,8 +154,8 @@ def _choice(logits_TE: Tensor, score_TE: Tensor, config: MoEConfig, correction_b
     return torch.where(kept_TG[..., None], choice_TGM, rule.group_fill).flatten(-2)
 
 
-def _top_k(choice_TE: Tensor, k: int) -> Tensor:
-    """[T, k] int64, best first; ties to the lowest id, -0 equal to +0, NaN last."""
+def _top_k(choice_TE: Float[Tensor, "T E"], k: int) -> Tensor:
+    """[T, k] int64, best first; ties to the lowest id, -0 equal to +0, NaN ranks as -inf."""
     ranked_TE = torch.where(choice_TE == 0, 0.0, choice_TE)
     ranked_TE = torch.where(ranked_TE.isnan(), -torch.inf, ranked_TE)
     # A stable sort, because torch.topk orders ties arbitrarily.
@@ -153,7 +163,11 @@ def _top_k(choice_TE: Tensor, k: int) -> Tensor:
 
 
 def _before_norm(
-    logits_TE: Tensor, score_TE: Tensor, ids_TK: Tensor, rule: RoutingRule, correction_bias_E: Tensor | None
+    logits_TE: Float[Tensor, "T E"],
+    score_TE: Float[Tensor, "T E"],
+    ids_TK: Int[Tensor, "T K"],
+    rule: RoutingRule,
+    correction_bias_E: Float[Tensor, " E"] | None,
 ) -> tuple[Tensor, Tensor]:
     """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
     if rule.weights_from == "chosen_logits":

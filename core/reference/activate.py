@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from moebius.core.activations import Activation
 from moebius.core.precision import EXACT, Arithmetic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _GELU_SCALE = np.sqrt(2.0 / np.pi)
 _GELU_CUBIC = 0.044715
 
 
 def activate(
-    hidden_RU: np.ndarray,
-    row_weights_R: np.ndarray | None,
+    hidden_RU: Float[np.ndarray, "R U"],
+    row_weights_R: Float[np.ndarray, " R"] | None,
     activation: Activation,
     arithmetic: Arithmetic = EXACT,
 ) -> np.ndarray:
@@ -25,10 +30,10 @@ def activate(
 
 
 def activate_vjp(
-    hidden_RU: np.ndarray,
-    row_weights_R: np.ndarray | None,
+    hidden_RU: Float[np.ndarray, "R U"],
+    row_weights_R: Float[np.ndarray, " R"] | None,
     activation: Activation,
-    dact_RI: np.ndarray,
+    dact_RI: Float[np.ndarray, "R I"],
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(dhidden_RU, drow_weights_R)."""
@@ -46,7 +51,7 @@ def activate_vjp(
     return arithmetic.store(_joined(dgate_RI, dup_RI, activation)), drow_weights_R
 
 
-def _act(hidden_RU: np.ndarray, activation: Activation, arithmetic: Arithmetic) -> np.ndarray:
+def _act(hidden_RU: Float[np.ndarray, "R U"], activation: Activation, arithmetic: Arithmetic) -> np.ndarray:
     gate_RI, up_RI = _halves(hidden_RU, activation)
     low_RI, _, _ = _clamped(gate_RI, up_RI, activation)
     act_RI = arithmetic.curve(_curve(low_RI, activation))
@@ -55,7 +60,7 @@ def _act(hidden_RU: np.ndarray, activation: Activation, arithmetic: Arithmetic) 
     return act_RI
 
 
-def _halves(hidden_RU: np.ndarray, activation: Activation) -> tuple[np.ndarray, np.ndarray | None]:
+def _halves(hidden_RU: Float[np.ndarray, "R U"], activation: Activation) -> tuple[np.ndarray, np.ndarray | None]:
     if not activation.gated:
         return hidden_RU, None
     if activation.interleaved:
@@ -64,14 +69,14 @@ def _halves(hidden_RU: np.ndarray, activation: Activation) -> tuple[np.ndarray, 
     return hidden_RU[:, :half], hidden_RU[:, half:]
 
 
-def _joined(gate_RI: np.ndarray, up_RI: np.ndarray, activation: Activation) -> np.ndarray:
+def _joined(gate_RI: Float[np.ndarray, "R I"], up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     if activation.interleaved:
         return np.stack([gate_RI, up_RI], axis=-1).reshape(len(gate_RI), -1)
     return np.concatenate([gate_RI, up_RI], axis=-1)
 
 
 def _clamped(
-    gate_RI: np.ndarray, up_RI: np.ndarray | None, activation: Activation
+    gate_RI: Float[np.ndarray, "R I"], up_RI: Float[np.ndarray, "R I"] | None, activation: Activation
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(gate below the limit, where gate passes, where up passes); a value at the limit passes."""
     if activation.limit is None:
@@ -80,11 +85,11 @@ def _clamped(
     return np.minimum(gate_RI, activation.limit), gate_RI <= activation.limit, inside
 
 
-def _bounded(up_RI: np.ndarray, activation: Activation) -> np.ndarray:
+def _bounded(up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     return up_RI if activation.limit is None else np.clip(up_RI, -activation.limit, activation.limit)
 
 
-def _curve(gate_RI: np.ndarray, activation: Activation) -> np.ndarray:
+def _curve(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     if activation.curve == "silu":
         return gate_RI * _sigmoid(activation.alpha * gate_RI)
     if activation.curve == "gelu_tanh":
@@ -92,7 +97,7 @@ def _curve(gate_RI: np.ndarray, activation: Activation) -> np.ndarray:
     return np.maximum(gate_RI, 0.0) ** 2
 
 
-def _slope(gate_RI: np.ndarray, activation: Activation) -> np.ndarray:
+def _slope(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     """Derivative of `_curve`."""
     if activation.curve == "silu":
         s = _sigmoid(activation.alpha * gate_RI)

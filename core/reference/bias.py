@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from moebius.core.precision import EXACT, Arithmetic
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 def add_bias(
-    out_RF: np.ndarray,
-    bias_eF: np.ndarray | None,
-    group_sizes_e: np.ndarray,
-    row_weights_R: np.ndarray | None = None,
+    out_RF: Float[np.ndarray, "R F"],
+    bias_eF: Float[np.ndarray, "e F"] | None,
+    group_sizes_e: Int[np.ndarray, " e"],
+    row_weights_R: Float[np.ndarray, " R"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> np.ndarray:
     """out + bias of the row's expert, times the row's weight where weights are given; None adds nothing."""
@@ -24,10 +29,10 @@ def add_bias(
 
 
 def add_bias_vjp(
-    bias_eF: np.ndarray,
-    group_sizes_e: np.ndarray,
-    dout_RF: np.ndarray,
-    row_weights_R: np.ndarray | None = None,
+    bias_eF: Float[np.ndarray, "e F"],
+    group_sizes_e: Int[np.ndarray, " e"],
+    dout_RF: Float[np.ndarray, "R F"],
+    row_weights_R: Float[np.ndarray, " R"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(dbias_eF, drow_weights_R); the gradient of `out` is dout itself."""

@@ -7,21 +7,25 @@ routes to its own experts, and each token's partial sums are added over the rank
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebius.core.errors import ConfigError
 from moebius.core.precision import EXACT, Arithmetic
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
     """What one rank holds: x_TD, weights_TK, ids_TK and token_mask_T; after dispatch ids are local (e: no route)."""
 
-    x_TD: np.ndarray
-    weights_TK: np.ndarray
-    ids_TK: np.ndarray
-    token_mask_T: np.ndarray
+    x_TD: Float[np.ndarray, "T D"]
+    weights_TK: Float[np.ndarray, "T K"]
+    ids_TK: Int[np.ndarray, "T K"]
+    token_mask_T: Bool[np.ndarray, " T"]
 
 
 def dispatch(ranks: list[Tokens], n_experts: int) -> list[Tokens]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from moebius.core.reference.activate import activate, activate_vjp
 from moebius.core.reference.bias import add_bias, add_bias_vjp
 from moebius.core.reference.matmul import grouped_matmul, grouped_matmul_vjp
 from moebius.core.reference.permute import Permuted, permute, permute_vjp, unpermute, unpermute_vjp
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,17 +30,17 @@ class ExpertsTrace:
     """
 
     permuted: Permuted
-    hidden_RU: np.ndarray
-    act_RI: np.ndarray
-    out_RD: np.ndarray
-    y_TD: np.ndarray
+    hidden_RU: Float[np.ndarray, "R U"]
+    act_RI: Float[np.ndarray, "R I"]
+    out_RD: Float[np.ndarray, "R D"]
+    y_TD: Float[np.ndarray, "T D"]
 
 
 def experts(
-    x_TD: np.ndarray,
-    token_mask_T: np.ndarray,
-    weights_TK: np.ndarray,
-    ids_TK: np.ndarray,
+    x_TD: Float[np.ndarray, "T D"],
+    token_mask_T: Bool[np.ndarray, " T"],
+    weights_TK: Float[np.ndarray, "T K"],
+    ids_TK: Int[np.ndarray, "T K"],
     parameters: Mapping[str, np.ndarray],
     config: MoEConfig,
     arithmetic: Arithmetic = EXACT,
@@ -62,7 +66,7 @@ def experts_vjp(
     trace: ExpertsTrace,
     parameters: Mapping[str, np.ndarray],
     config: MoEConfig,
-    dy_TD: np.ndarray,
+    dy_TD: Float[np.ndarray, "T D"],
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """(dx_TD, dweights_TK, gradient of every parameter)."""

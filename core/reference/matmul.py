@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from moebius.core.precision import EXACT, Arithmetic
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 def grouped_matmul(
-    rows_RD: np.ndarray, weight_eDF: np.ndarray, group_sizes_e: np.ndarray, arithmetic: Arithmetic = EXACT
+    rows_RD: Float[np.ndarray, "R D"],
+    weight_eDF: Float[np.ndarray, "e D F"],
+    group_sizes_e: Int[np.ndarray, " e"],
+    arithmetic: Arithmetic = EXACT,
 ) -> np.ndarray:
     """Multiply each group of rows by its own expert's matrix; rows past the last group become zero."""
     out_RF = np.zeros((len(rows_RD), weight_eDF.shape[-1]))
@@ -18,10 +26,10 @@ def grouped_matmul(
 
 
 def grouped_matmul_vjp(
-    rows_RD: np.ndarray,
-    weight_eDF: np.ndarray,
-    group_sizes_e: np.ndarray,
-    dout_RF: np.ndarray,
+    rows_RD: Float[np.ndarray, "R D"],
+    weight_eDF: Float[np.ndarray, "e D F"],
+    group_sizes_e: Int[np.ndarray, " e"],
+    dout_RF: Float[np.ndarray, "R F"],
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(drows_RD, dweight_eDF); rows past the last group and empty experts get zero."""
@@ -33,7 +41,10 @@ def grouped_matmul_vjp(
 
 
 def linear(
-    x_TD: np.ndarray, weight_FD: np.ndarray, bias_F: np.ndarray | None = None, arithmetic: Arithmetic = EXACT
+    x_TD: Float[np.ndarray, "T D"],
+    weight_FD: Float[np.ndarray, "F D"],
+    bias_F: Float[np.ndarray, " F"] | None = None,
+    arithmetic: Arithmetic = EXACT,
 ) -> np.ndarray:
     """x @ weight^T + bias, with the output-major weight of dense projections."""
     out_TF = arithmetic.dot(x_TD, weight_FD.T)
@@ -41,7 +52,10 @@ def linear(
 
 
 def linear_vjp(
-    x_TD: np.ndarray, weight_FD: np.ndarray, dout_TF: np.ndarray, arithmetic: Arithmetic = EXACT
+    x_TD: Float[np.ndarray, "T D"],
+    weight_FD: Float[np.ndarray, "F D"],
+    dout_TF: Float[np.ndarray, "T F"],
+    arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(dx_TD, dweight_FD, dbias_F)."""
     dx_TD = arithmetic.store(arithmetic.dot(dout_TF, weight_FD))
@@ -49,7 +63,7 @@ def linear_vjp(
     return dx_TD, dweight_FD, arithmetic.store(arithmetic.sum(dout_TF, axis=0))
 
 
-def _groups(group_sizes_e: np.ndarray) -> list[tuple[int, slice]]:
+def _groups(group_sizes_e: Int[np.ndarray, " e"]) -> list[tuple[int, slice]]:
     """(expert, its rows) of every expert that has any."""
     ends = np.cumsum(group_sizes_e)
     return [(e, slice(int(ends[e] - n), int(ends[e]))) for e, n in enumerate(group_sizes_e) if n]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from moebius.core.reference.activate import activate, activate_vjp
 from moebius.core.reference.experts import ExpertsTrace, experts, experts_vjp
 from moebius.core.reference.matmul import linear, linear_vjp
 from moebius.core.reference.route import Routing, aux_loss, aux_loss_vjp, expert_load, route, route_vjp
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -29,28 +33,28 @@ class MoETrace:
         shared_TD: shared experts' output, zero without any. y_TD: the result.
     """
 
-    logits_TE: np.ndarray
+    logits_TE: Float[np.ndarray, "T E"]
     routing: Routing
-    load_E: np.ndarray
-    aux_loss: np.ndarray
-    latent_TD: np.ndarray
+    load_E: Int[np.ndarray, " E"]
+    aux_loss: float
+    latent_TD: Float[np.ndarray, "T D"]
     experts: ExpertsTrace
-    shared_TD: np.ndarray
-    y_TD: np.ndarray
+    shared_TD: Float[np.ndarray, "T D"]
+    y_TD: Float[np.ndarray, "T D"]
 
 
-def quiet(x_TD: np.ndarray, token_mask_T: np.ndarray) -> np.ndarray:
+def quiet(x_TD: Float[np.ndarray, "T D"], token_mask_T: Bool[np.ndarray, " T"]) -> np.ndarray:
     """x with inf and NaN of masked tokens set to zero, so that no product with a zero gradient revives them."""
     return np.where(token_mask_T[:, None] | np.isfinite(x_TD), x_TD, 0.0)
 
 
 def gate(
-    x_TD: np.ndarray,
+    x_TD: Float[np.ndarray, "T D"],
     parameters: Arrays,
     config: MoEConfig,
     *,
-    correction_bias_E: np.ndarray | None = None,
-    ids_TK: np.ndarray | None = None,
+    correction_bias_E: Float[np.ndarray, " E"] | None = None,
+    ids_TK: Int[np.ndarray, "T K"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, Routing]:
     """(logits_TE, routing) from `weight` [E, D] and, with a router bias, `bias` [E]."""
@@ -63,15 +67,15 @@ def gate(
 
 
 def gate_vjp(
-    x_TD: np.ndarray,
-    logits_TE: np.ndarray,
-    ids_TK: np.ndarray,
+    x_TD: Float[np.ndarray, "T D"],
+    logits_TE: Float[np.ndarray, "T E"],
+    ids_TK: Int[np.ndarray, "T K"],
     parameters: Arrays,
     config: MoEConfig,
-    dweights_TK: np.ndarray,
-    dscores_TE: np.ndarray | None = None,
+    dweights_TK: Float[np.ndarray, "T K"],
+    dscores_TE: Float[np.ndarray, "T E"] | None = None,
     *,
-    correction_bias_E: np.ndarray | None = None,
+    correction_bias_E: Float[np.ndarray, " E"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(dx_TD, gradients of the gate's parameters)."""
@@ -89,7 +93,7 @@ def gate_vjp(
 
 
 def shared_experts(
-    x_TD: np.ndarray, parameters: Arrays, config: MoEConfig, arithmetic: Arithmetic = EXACT
+    x_TD: Float[np.ndarray, "T D"], parameters: Arrays, config: MoEConfig, arithmetic: Arithmetic = EXACT
 ) -> np.ndarray:
     """The MLP that every token visits, times its sigmoid gate where there is one."""
     _, hidden_TU, act_TI, out_TD = _shared_stages(x_TD, parameters, config, arithmetic)
@@ -101,7 +105,11 @@ def shared_experts(
 
 
 def shared_experts_vjp(
-    x_TD: np.ndarray, parameters: Arrays, config: MoEConfig, dout_TD: np.ndarray, arithmetic: Arithmetic = EXACT
+    x_TD: Float[np.ndarray, "T D"],
+    parameters: Arrays,
+    config: MoEConfig,
+    dout_TD: Float[np.ndarray, "T D"],
+    arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(dx_TD, gradients of the shared experts' parameters)."""
     activation, hidden_TU, act_TI, out_TD = _shared_stages(x_TD, parameters, config, arithmetic)
@@ -122,13 +130,13 @@ def shared_experts_vjp(
 
 
 def moe(
-    x_TD: np.ndarray,
-    token_mask_T: np.ndarray,
+    x_TD: Float[np.ndarray, "T D"],
+    token_mask_T: Bool[np.ndarray, " T"],
     parameters: Arrays,
     config: MoEConfig,
     *,
-    correction_bias_E: np.ndarray | None = None,
-    ids_TK: np.ndarray | None = None,
+    correction_bias_E: Float[np.ndarray, " E"] | None = None,
+    ids_TK: Int[np.ndarray, "T K"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> MoETrace:
     """The whole layer, with every stage on the way.
@@ -178,13 +186,13 @@ def moe(
 
 def moe_vjp(
     trace: MoETrace,
-    x_TD: np.ndarray,
-    token_mask_T: np.ndarray,
+    x_TD: Float[np.ndarray, "T D"],
+    token_mask_T: Bool[np.ndarray, " T"],
     parameters: Arrays,
     config: MoEConfig,
-    dy_TD: np.ndarray,
+    dy_TD: Float[np.ndarray, "T D"],
     *,
-    correction_bias_E: np.ndarray | None = None,
+    correction_bias_E: Float[np.ndarray, " E"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(dx_TD, gradient of every parameter), the auxiliary loss with its coefficient included."""
@@ -223,7 +231,7 @@ def moe_vjp(
 
 
 def _shared_stages(
-    x_TD: np.ndarray, parameters: Arrays, config: MoEConfig, arithmetic: Arithmetic
+    x_TD: Float[np.ndarray, "T D"], parameters: Arrays, config: MoEConfig, arithmetic: Arithmetic
 ) -> tuple[Activation, np.ndarray, np.ndarray, np.ndarray]:
     """(activation, hidden_TU, act_TI, out_TD) of the shared experts' MLP."""
     activation = activations.resolve(config.shared_expert_activation, config)
@@ -238,15 +246,15 @@ def _first_projections(activation: Activation) -> tuple[str, ...]:
     return ("shared_experts.gate_proj", up) if activation.gated else (up,)
 
 
-def _project(name: str, x_TD: np.ndarray, parameters: Arrays, arithmetic: Arithmetic) -> np.ndarray:
+def _project(name: str, x_TD: Float[np.ndarray, "T D"], parameters: Arrays, arithmetic: Arithmetic) -> np.ndarray:
     return linear(x_TD, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"), arithmetic)
 
 
 def _project_vjp(
     name: str,
-    x_TD: np.ndarray,
+    x_TD: Float[np.ndarray, "T D"],
     parameters: Arrays,
-    dout_TF: np.ndarray,
+    dout_TF: Float[np.ndarray, "T F"],
     grads: dict[str, np.ndarray],
     arithmetic: Arithmetic,
 ) -> np.ndarray:

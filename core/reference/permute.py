@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebius.core.precision import EXACT, Arithmetic
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,16 +24,20 @@ class Permuted:
         shape_TK: tokens and slots before.
     """
 
-    rows_RD: np.ndarray
-    row_weights_R: np.ndarray
-    group_sizes_e: np.ndarray
-    tokens_R: np.ndarray
-    slots_R: np.ndarray
+    rows_RD: Float[np.ndarray, "R D"]
+    row_weights_R: Float[np.ndarray, " R"]
+    group_sizes_e: Int[np.ndarray, " e"]
+    tokens_R: Int[np.ndarray, " R"]
+    slots_R: Int[np.ndarray, " R"]
     shape_TK: tuple[int, int]
 
 
 def permute(
-    x_TD: np.ndarray, weights_TK: np.ndarray, ids_TK: np.ndarray, token_mask_T: np.ndarray, n_experts: int
+    x_TD: Float[np.ndarray, "T D"],
+    weights_TK: Float[np.ndarray, "T K"],
+    ids_TK: Int[np.ndarray, "T K"],
+    token_mask_T: Bool[np.ndarray, " T"],
+    n_experts: int,
 ) -> Permuted:
     """Copy each token once per route. A masked token, -1 and any id outside [0, n_experts) is no route."""
     tokens: list[int] = []
@@ -52,7 +60,10 @@ def permute(
 
 
 def permute_vjp(
-    state: Permuted, drows_RD: np.ndarray, drow_weights_R: np.ndarray, arithmetic: Arithmetic = EXACT
+    state: Permuted,
+    drows_RD: Float[np.ndarray, "R D"],
+    drow_weights_R: Float[np.ndarray, " R"],
+    arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(dx_TD, dweights_TK)."""
     dweights_TK = np.zeros(state.shape_TK)
@@ -61,7 +72,10 @@ def permute_vjp(
 
 
 def unpermute(
-    out_RD: np.ndarray, state: Permuted, row_weights_R: np.ndarray | None = None, arithmetic: Arithmetic = EXACT
+    out_RD: Float[np.ndarray, "R D"],
+    state: Permuted,
+    row_weights_R: Float[np.ndarray, " R"] | None = None,
+    arithmetic: Arithmetic = EXACT,
 ) -> np.ndarray:
     """Sum each token's rows, weighted where weights are given; a token without routes gets zeros."""
     slots_TKD = np.zeros((*state.shape_TK, out_RD.shape[-1]))
@@ -71,10 +85,10 @@ def unpermute(
 
 
 def unpermute_vjp(
-    out_RD: np.ndarray,
+    out_RD: Float[np.ndarray, "R D"],
     state: Permuted,
-    dy_TD: np.ndarray,
-    row_weights_R: np.ndarray | None = None,
+    dy_TD: Float[np.ndarray, "T D"],
+    row_weights_R: Float[np.ndarray, " R"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(dout_RD, drow_weights_R); the second is zero without weights."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebius.core.config import MoEConfig
 from moebius.core.precision import EXACT, Arithmetic
 from moebius.core.routing import NORM_EPSILON, RoutingRule
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,17 +25,17 @@ class Routing:
         scores_TE: every expert's score, normalised like the weights but not scaled; the auxiliary loss reads it.
     """
 
-    weights_TK: np.ndarray
-    ids_TK: np.ndarray
-    scores_TE: np.ndarray
+    weights_TK: Float[np.ndarray, "T K"]
+    ids_TK: Int[np.ndarray, "T K"]
+    scores_TE: Float[np.ndarray, "T E"]
 
 
 def route(
-    logits_TE: np.ndarray,
+    logits_TE: Float[np.ndarray, "T E"],
     config: MoEConfig,
     *,
-    correction_bias_E: np.ndarray | None = None,
-    ids_TK: np.ndarray | None = None,
+    correction_bias_E: Float[np.ndarray, " E"] | None = None,
+    ids_TK: Int[np.ndarray, "T K"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> Routing:
     """Choose K experts for each token and weight them, by the config's routing rule.
@@ -52,13 +56,13 @@ def route(
 
 
 def route_vjp(
-    logits_TE: np.ndarray,
+    logits_TE: Float[np.ndarray, "T E"],
     config: MoEConfig,
-    ids_TK: np.ndarray,
-    dweights_TK: np.ndarray,
-    dscores_TE: np.ndarray | None = None,
+    ids_TK: Int[np.ndarray, "T K"],
+    dweights_TK: Float[np.ndarray, "T K"],
+    dscores_TE: Float[np.ndarray, "T E"] | None = None,
     *,
-    correction_bias_E: np.ndarray | None = None,
+    correction_bias_E: Float[np.ndarray, " E"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> np.ndarray:
     """Gradient of the logits; the choice itself (ids_TK) has none."""
@@ -81,7 +85,7 @@ def route_vjp(
     return arithmetic.curve(dlogits_TE + _score_vjp(logits_TE, score_TE, dscore_TE, rule, arithmetic))
 
 
-def expert_load(ids_TK: np.ndarray, token_mask_T: np.ndarray, n_experts: int) -> np.ndarray:
+def expert_load(ids_TK: Int[np.ndarray, "T K"], token_mask_T: Bool[np.ndarray, " T"], n_experts: int) -> np.ndarray:
     """Tokens that chose each expert, `[E]` int64; a token counts once however often it names an expert."""
     load_E = np.zeros(n_experts, np.int64)
     for token in np.flatnonzero(token_mask_T):
@@ -92,8 +96,12 @@ def expert_load(ids_TK: np.ndarray, token_mask_T: np.ndarray, n_experts: int) ->
 
 
 def aux_loss(
-    scores_TE: np.ndarray, load_E: np.ndarray, token_mask_T: np.ndarray, k: int, arithmetic: Arithmetic = EXACT
-) -> np.ndarray:
+    scores_TE: Float[np.ndarray, "T E"],
+    load_E: Int[np.ndarray, " E"],
+    token_mask_T: Bool[np.ndarray, " T"],
+    k: int,
+    arithmetic: Arithmetic = EXACT,
+) -> float:
     """Load-balancing loss: sum over experts of (load share x E) * mean score; 1 for uniform softmax routing.
 
     Source: Fedus et al., Switch Transformers, arXiv:2101.03961, equation 4.
@@ -101,11 +109,15 @@ def aux_loss(
     n = max(int(token_mask_T.sum()), 1)
     share_E = load_E * load_E.shape[0] / (k * n)
     mean_E = arithmetic.sum(np.where(token_mask_T[:, None], scores_TE, 0.0), axis=0) / n
-    return arithmetic.curve(arithmetic.sum(share_E * mean_E))
+    return float(arithmetic.curve(arithmetic.sum(share_E * mean_E)))
 
 
 def aux_loss_vjp(
-    scores_TE: np.ndarray, load_E: np.ndarray, token_mask_T: np.ndarray, k: int, dloss: float
+    scores_TE: Float[np.ndarray, "T E"],
+    load_E: Int[np.ndarray, " E"],
+    token_mask_T: Bool[np.ndarray, " T"],
+    k: int,
+    dloss: float,
 ) -> np.ndarray:
     """Gradient of the scores; the load is a count and has none."""
     n = max(int(token_mask_T.sum()), 1)
@@ -113,7 +125,9 @@ def aux_loss_vjp(
     return np.where(token_mask_T[:, None], dloss * share_E / n, 0.0)
 
 
-def updated_correction_bias(bias_E: np.ndarray, load_E: np.ndarray, factor: float) -> np.ndarray:
+def updated_correction_bias(
+    bias_E: Float[np.ndarray, " E"], load_E: Int[np.ndarray, " E"], factor: float
+) -> np.ndarray:
     """The correction bias one step on: up for experts below the mean load, down for those above.
 
     Source: Wang et al., Auxiliary-Loss-Free Load Balancing, arXiv:2408.15664.
@@ -121,7 +135,7 @@ def updated_correction_bias(bias_E: np.ndarray, load_E: np.ndarray, factor: floa
     return bias_E + factor * np.sign(load_E.mean() - load_E)
 
 
-def _score(logits_TE: np.ndarray, rule: RoutingRule, arithmetic: Arithmetic) -> np.ndarray:
+def _score(logits_TE: Float[np.ndarray, "T E"], rule: RoutingRule, arithmetic: Arithmetic) -> np.ndarray:
     if rule.score == "softmax":
         return _softmax(logits_TE, arithmetic)
     if rule.score == "sigmoid":
@@ -130,7 +144,11 @@ def _score(logits_TE: np.ndarray, rule: RoutingRule, arithmetic: Arithmetic) -> 
 
 
 def _score_vjp(
-    logits_TE: np.ndarray, score_TE: np.ndarray, dscore_TE: np.ndarray, rule: RoutingRule, arithmetic: Arithmetic
+    logits_TE: Float[np.ndarray, "T E"],
+    score_TE: Float[np.ndarray, "T E"],
+    dscore_TE: Float[np.ndarray, "T E"],
+    rule: RoutingRule,
+    arithmetic: Arithmetic,
 ) -> np.ndarray:
     if rule.score == "softmax":
         return _softmax_vjp(score_TE, dscore_TE, arithmetic)
@@ -140,7 +158,10 @@ def _score_vjp(
 
 
 def _choice(
-    logits_TE: np.ndarray, score_TE: np.ndarray, config: MoEConfig, correction_bias_E: np.ndarray | None
+    logits_TE: Float[np.ndarray, "T E"],
+    score_TE: Float[np.ndarray, "T E"],
+    config: MoEConfig,
+    correction_bias_E: Float[np.ndarray, " E"] | None,
 ) -> np.ndarray:
     """What the top K are taken of."""
     rule = config.routing_rule
@@ -149,7 +170,7 @@ def _choice(
     if bias_E is None and not grouped:
         return logits_TE
     choice_TE = score_TE if bias_E is None else score_TE + bias_E
-    if not grouped:
+    if rule.group_fill is None or not grouped:
         return choice_TE
     n_tokens, groups = len(choice_TE), config.n_expert_groups
     choice_TGM = choice_TE.reshape(n_tokens, groups, -1)
@@ -161,18 +182,18 @@ def _choice(
     return np.where(kept_TG[:, :, None], choice_TGM, rule.group_fill).reshape(n_tokens, -1)
 
 
-def _top_k(choice_TE: np.ndarray, k: int) -> np.ndarray:
-    """The k best, best first; ties to the lowest id, -0 equal to +0, NaN last."""
+def _top_k(choice_TE: Float[np.ndarray, "T E"], k: int) -> np.ndarray:
+    """The k best, best first; ties to the lowest id, -0 equal to +0, NaN ranks as -inf."""
     ranked_TE = np.where(np.isnan(choice_TE), -np.inf, np.where(choice_TE == 0, 0.0, choice_TE))
     return np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :k]
 
 
 def _before_norm(
-    logits_TE: np.ndarray,
-    score_TE: np.ndarray,
-    ids_TK: np.ndarray,
+    logits_TE: Float[np.ndarray, "T E"],
+    score_TE: Float[np.ndarray, "T E"],
+    ids_TK: Int[np.ndarray, "T K"],
     rule: RoutingRule,
-    correction_bias_E: np.ndarray | None,
+    correction_bias_E: Float[np.ndarray, " E"] | None,
     arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
