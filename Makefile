@@ -46,7 +46,7 @@ test-jax: venv ## the Flax frontend
 
 test-both: venv ## both frontends in one process, and the project itself
 	$(call title,tests: both frontends and the project)
-	@$(SPREAD) tests/cross tests/project
+	@$(SPREAD) tests/cross tests/gpu tests/project
 
 test-docs: venv ## the examples in docstrings
 	$(call title,tests: docstrings)

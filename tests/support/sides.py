@@ -45,13 +45,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Side:
-    """A frontend ("torch" or "jax") with the grouped matmul's backend."""
+    """A frontend ("torch" or "jax") with the grouped matmul's backend.
+
+    `device` is torch's; JAX puts arrays on its default device, a GPU where it sees one.
+    """
 
     framework: str
     backend: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return f"{self.framework}-{self.backend}"
+        return f"{self.framework}-{self.backend}" + ("" if self.device == "cpu" else f"-{self.device}")
 
     @property
     def module(self) -> Any:
@@ -60,12 +64,14 @@ class Side:
 
     def array(self, value: Any, dtype: str | None = None) -> Any:
         """`value` as this framework's array."""
-        return (_torch_array if self.framework == "torch" else _jax_array)(np.asarray(value), dtype)
+        if self.framework == "torch":
+            return _torch_array(np.asarray(value), dtype).to(self.device)
+        return _jax_array(np.asarray(value), dtype)
 
     def numpy(self, value: Any) -> np.ndarray:
         """This framework's array as float64, or as it is for integers and bool."""
         if self.framework == "torch":
-            value = value.detach()
+            value = value.detach().cpu()
             return (value.double() if value.is_floating_point() else value).numpy()
         array = np.asarray(value)
         return array if array.dtype.kind in "iub" else array.astype(np.float64)
@@ -91,7 +97,7 @@ class Side:
         """An MoE of this frontend that holds `values`, in the dtypes of its own parameters."""
         backend_config = BackendConfig(experts=self.backend, **backend)
         if self.framework == "torch":
-            layer = self.module.MoE(config, backend_config)
+            layer = self.module.MoE(config, backend_config, device=self.device)
         else:
             from flax import nnx
 
