@@ -48,10 +48,12 @@ def activate(
 def _halves(hidden_RU: Float[Tensor, "R U"], activation: Activation) -> tuple[Tensor, Tensor | None]:
     if not activation.gated:
         return hidden_RU, None
+    # unbind and chunk, not slices: their gradient is one concatenation, that of slices a sum of padded tensors.
     if activation.interleaved:
-        return hidden_RU[:, 0::2], hidden_RU[:, 1::2]
-    half = hidden_RU.shape[-1] // 2
-    return hidden_RU[:, :half], hidden_RU[:, half:]
+        gate_RI, up_RI = hidden_RU.unflatten(-1, (hidden_RU.shape[-1] // 2, 2)).unbind(-1)
+        return gate_RI, up_RI
+    gate_RI, up_RI = hidden_RU.chunk(2, dim=-1)
+    return gate_RI, up_RI
 
 
 def _below(value: Tensor, limit: float) -> Tensor:

@@ -1,0 +1,50 @@
+"""The `moebius` command's first step: standard library alone, so that it answers wherever the package is installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+_NEEDS = ("typer", "rich", "torch", "jax", "flax", "transformers", "safetensors")
+_HELP = """usage: moebius compare CHECKPOINT [options]
+
+Runs one MoE block of a checkpoint through PyTorch, Flax and a float64 reference, and says where they differ.
+
+  moebius compare --help   all options
+  moebius --version        the version
+"""
+
+
+def main() -> int:
+    """Run the command line; returns the exit code: 0 inside the bounds, 1 outside, 2 bad input."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        from moebius import __version__
+
+        print(f"moebius {__version__}")
+        return 0
+    missing = [package for package in _NEEDS if find_spec(package) is None]
+    if missing:
+        if arguments in ([], ["--help"]):
+            print(_HELP)
+            print(f"Not installed: {', '.join(missing)}. pip install 'moebius[compare]' brings them.")
+            return 0
+        print(
+            f"asked: moebius {' '.join(arguments)}\n"
+            f"found: not installed: {', '.join(missing)}\n"
+            "do: pip install 'moebius[compare]'",
+            file=sys.stderr,
+        )
+        return 2
+    # Before the frameworks are imported: JAX would take three quarters of a GPU, transformers look for a network.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from moebius.compare.cli import app
+
+    app(prog_name="moebius")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
