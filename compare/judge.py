@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
@@ -11,12 +10,11 @@ from moebius.compare.clamp import clamped, moved
 from moebius.compare.sides import OUTPUT, Answer, Problem, run_reference
 from moebius.compare.verdict import Agreement, Error, Row
 from moebius.core import reference
-from moebius.core.precision import Arithmetic, Noise
+from moebius.core.precision import Noise
 from moebius.core.tolerance import FACTOR, SAMPLES, Bound, bounds
 
 # Two sides round independently, so the variance of their difference is the sum of both: sqrt(2) times one's deviation.
 _TWO_SIDES = float(np.sqrt(2.0))
-_ZERO = np.zeros(1)
 # The exact tensors and the bounds of their errors, by name.
 Expected = tuple[dict[str, np.ndarray], dict[str, Bound]]
 
@@ -117,33 +115,11 @@ def error(found: np.ndarray, exact: np.ndarray, bound: Bound) -> Error:
 
 def _expected(p: Problem, ids_TK: np.ndarray) -> Expected:
     exact = dict(run_reference(p, ids_TK).tensors)
-    limits = _bounds(p, ids_TK, exact)
+    limits = bounds(lambda arithmetic: dict(run_reference(p, ids_TK, arithmetic).tensors), exact, p.dtype)
     for near in moved(p, clamped(p, ids_TK)):
         for name, value in run_reference(near, ids_TK).tensors.items():
             limits[name] = _both(limits[name], np.abs(value - exact[name]))
     return exact, limits
-
-
-def _bounds(p: Problem, ids_TK: np.ndarray, exact: Mapping[str, np.ndarray]) -> dict[str, Bound]:
-    """`tolerance.bounds`, told each draw's norm and largest error alone: a real block's gradients are gigabytes."""
-
-    def errors(arithmetic: Arithmetic) -> dict[str, np.ndarray]:
-        found = {}
-        for name, value in run_reference(p, ids_TK, arithmetic).tensors.items():
-            difference = value - exact[name]
-            found[f"norm of {name}"] = np.array([np.linalg.norm(difference)])
-            found[f"largest of {name}"] = np.array([np.abs(difference).max(initial=0.0)])
-        return found
-
-    found = bounds(errors, dict.fromkeys((f"{of} of {n}" for n in exact for of in ("norm", "largest")), _ZERO), p.dtype)
-    return {
-        name: Bound(
-            norm=found[f"norm of {name}"].norm,
-            largest=found[f"largest of {name}"].largest,
-            scale=float(np.linalg.norm(value)),
-        )
-        for name, value in exact.items()
-    }
 
 
 def _both(bound: Bound, difference: np.ndarray) -> Bound:
