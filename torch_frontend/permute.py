@@ -55,7 +55,7 @@ def permute(sent: Sent, n_experts: int) -> Permuted:
     weights_R = sent.weights_SK.flatten().index_select(0, order_R)
     # where, not a product: a NaN weight of a masked token must not survive.
     row_weights_R = torch.where(row_experts_R < n_experts, weights_R, 0.0)
-    rows_RD: Tensor = _Gather.apply(sent.x_SD, *state)
+    rows_RD: Tensor = _gather(sent.x_SD, *state)
     return Permuted(rows_RD, row_weights_R, group_sizes_e, row_experts_R, state)
 
 
@@ -75,48 +75,49 @@ def unpermute(
     dtype = out_RD.dtype
     if row_weights_R is not None:
         out_RD = out_RD.to(accumulate_dtype(dtype)) * row_weights_R[:, None]
-    summed: Tensor = _SumSlots.apply(out_RD, *state)
+    summed: Tensor = _sum_slots(out_RD, *state)
     return summed.to(dtype)
 
 
-def _gather(x_SD: Float[Tensor, "S D"], token_of_row_R: Int[Tensor, " R"]) -> Tensor:
-    return x_SD.index_select(0, token_of_row_R)
-
-
-def _sum_slots(rows_RD: Float[Tensor, "R D"], row_of_slot_SK: Int[Tensor, "S K"]) -> Tensor:
-    slots_SKD = rows_RD.index_select(0, row_of_slot_SK.flatten()).view(*row_of_slot_SK.shape, rows_RD.shape[1])
-    return slots_SKD.sum(1, dtype=accumulate_dtype(rows_RD.dtype)).to(rows_RD.dtype)
-
-
 # The two are each other's transpose. Written out, both directions are gathers: no scatter, so nothing depends on the
-# order of threads, and the gradient of x is summed promoted and rounded once.
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x_SD: Float[Tensor, "S D"], token_of_row_R: Int[Tensor, " R"], row_of_slot_SK: Int[Tensor, "S K"]
-    ) -> Tensor:
-        return _gather(x_SD, token_of_row_R)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _SumSlots.apply(grads[0], *ctx.saved_tensors), None, None
+# order of threads, and the gradient of x is summed promoted and rounded once. Operators, not autograd functions:
+# compiled by torch 2.11, those lost the gradient in float32 (measured).
+@torch.library.custom_op(
+    "moebius::gather_rows", mutates_args=(), schema="(Tensor x, Tensor token_of_row, Tensor row_of_slot) -> Tensor"
+)
+def _gather(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    return x.index_select(0, token_of_row)
 
 
-class _SumSlots(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        rows_RD: Float[Tensor, "R D"], token_of_row_R: Int[Tensor, " R"], row_of_slot_SK: Int[Tensor, "S K"]
-    ) -> Tensor:
-        return _sum_slots(rows_RD, row_of_slot_SK)
+@torch.library.custom_op(
+    "moebius::sum_slots", mutates_args=(), schema="(Tensor rows, Tensor token_of_row, Tensor row_of_slot) -> Tensor"
+)
+def _sum_slots(rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    slots = rows.index_select(0, row_of_slot.flatten()).view(*row_of_slot.shape, rows.shape[1])
+    return slots.sum(1, dtype=accumulate_dtype(rows.dtype)).to(rows.dtype)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _Gather.apply(grads[0], *ctx.saved_tensors), None, None
+@_gather.register_fake
+def _(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    return x.new_empty(token_of_row.shape[0], x.shape[1])
+
+
+@_sum_slots.register_fake
+def _(rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gather_backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
+    return _sum_slots(drows, *ctx.saved_tensors), None, None
+
+
+def _sum_slots_backward(ctx: Any, dsummed: Tensor) -> tuple[Tensor, None, None]:
+    return _gather(dsummed, *ctx.saved_tensors), None, None
+
+
+_gather.register_autograd(_gather_backward, setup_context=_save)
+_sum_slots.register_autograd(_sum_slots_backward, setup_context=_save)

@@ -69,11 +69,15 @@ def test_experts_of_non_contiguous_input_and_a_summed_output_equal_contiguous(ba
     torch.testing.assert_close(bent.grad, x.grad, rtol=0, atol=0)
 
 
-# Dynamo itself instantiates an autograd function when it traces one, and warns of it (torch 2.13).
+# Dynamo itself instantiates the autograd function of the auxiliary loss, and warns of it (torch 2.13).
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("aux", [0.0, 0.5], ids=["", "aux_loss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_moe_compiled_in_one_graph_equals_eager(dtype) -> None:
-    config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype=dtype)
+def test_moe_compiled_in_one_graph_equals_eager(dtype, aux: float) -> None:
+    torch.manual_seed(0)
+    config = MoEConfig(
+        n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, dtype=dtype, aux_loss_coeff=aux
+    )
     layer = MoE(config)
     x = torch.randn(9, 16, dtype=dtype)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -84,6 +88,7 @@ def test_moe_compiled_in_one_graph_equals_eager(dtype) -> None:
         out.backward(torch.ones_like(out))
         grads.append([out.detach(), *(p.grad for p in layer.parameters())])
     for found, wanted in zip(*grads, strict=True):
+        assert wanted.abs().max() > 0
         torch.testing.assert_close(found, wanted)
 
 
