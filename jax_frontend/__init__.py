@@ -9,6 +9,7 @@ if __name__ != "moebius.jax_frontend":
 
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
+from moebius.jax_frontend.checkpoint import load_moe
 from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
 from moebius.jax_frontend.experts import GroupedExperts, experts
 from moebius.jax_frontend.gate import FakeBalancedGate, Gate
@@ -37,6 +38,7 @@ __all__ = [
     "experts",
     "grouped_matmul",
     "linear",
+    "load_moe",
     "load_parameters",
     "parameters",
     "permute",

@@ -9,6 +9,7 @@ if __name__ != "moebius.torch_frontend":
 
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
+from moebius.torch_frontend.checkpoint import load_moe
 from moebius.torch_frontend.dispatch import Dispatcher, Local, Sent
 from moebius.torch_frontend.experts import GroupedExperts, experts
 from moebius.torch_frontend.gate import FakeBalancedGate, Gate
@@ -37,6 +38,7 @@ __all__ = [
     "experts",
     "grouped_matmul",
     "linear",
+    "load_moe",
     "load_parameters",
     "parameters",
     "permute",
