@@ -28,12 +28,12 @@ def main() -> int:
     if missing:
         if arguments in ([], ["--help"]):
             print(_HELP)
-            print(f"Not installed: {', '.join(missing)}. pip install 'moebius[compare]' brings them.")
+            print(f"Not installed: {', '.join(missing)}. pip install '.[compare]' in a clone of moebius brings them.")
             return 0
         print(
             f"asked: moebius {' '.join(arguments)}\n"
             f"found: not installed: {', '.join(missing)}\n"
-            "do: pip install 'moebius[compare]'",
+            "do: pip install '.[compare]' in a clone of moebius",
             file=sys.stderr,
         )
         return 2

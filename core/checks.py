@@ -86,6 +86,49 @@ def routes(weights: Any, indices: Any, n_tokens: int) -> None:
         )
 
 
+def logits(value: Any, n_experts: int) -> None:
+    """`value` is a floating [T, n_experts].
+
+    Raises:
+        ShapeError, DTypeError: it is not.
+    """
+    tokens(value, n_experts, "logits")
+
+
+def hidden(value: Any, row_weights: Any, gated: bool) -> None:
+    """`value` is a floating [R, U], U even where the activation is gated; `row_weights` is [R] or None.
+
+    Raises:
+        ShapeError, DTypeError: they are not.
+    """
+    if len(value.shape) != 2 or (gated and value.shape[1] % 2):
+        asked = "hidden of shape [rows, 2 I] for a gated activation" if gated else "hidden of shape [rows, I]"
+        raise ShapeError(asked, f"shape {tuple(value.shape)}", "pass the first projection's output")
+    floating(value, "hidden")
+    _row_weights(row_weights, value.shape[0])
+
+
+def bias(out: Any, value: Any, row_experts: Any, row_weights: Any) -> None:
+    """`out` is [R, F], the bias [e, F], `row_experts` [R], `row_weights` [R] or None.
+
+    Raises:
+        ShapeError: they are not.
+    """
+    if len(out.shape) != 2 or len(value.shape) != 2 or value.shape[1] != out.shape[1]:
+        asked = "a bias of shape [experts, F] for an output of shape [rows, F]"
+        raise ShapeError(asked, f"shapes {tuple(value.shape)} and {tuple(out.shape)}", "pass one row per expert")
+    if tuple(row_experts.shape) != (out.shape[0],):
+        asked = f"row_experts of shape [{out.shape[0]}]"
+        raise ShapeError(asked, f"shape {tuple(row_experts.shape)}", "give one expert per row")
+    _row_weights(row_weights, out.shape[0])
+
+
+def _row_weights(value: Any, n_rows: int) -> None:
+    if value is not None and tuple(value.shape) != (n_rows,):
+        asked = f"row_weights of shape [{n_rows}]"
+        raise ShapeError(asked, f"shape {tuple(value.shape)}", "give one weight per row")
+
+
 def grouped_matmul(rows: Any, weight: Any, group_sizes: Any) -> None:
     """rows [R, D], weight [e, D, F], group_sizes [e] int32, rows and weight of one floating dtype.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from moebius.core import activations, checks, routing
 from moebius.core.activations import Activation
-from moebius.core.errors import ConfigError, MoEWarning
+from moebius.core.errors import ConfigError, MoEWarning, Unsupported
 from moebius.core.precision import dtype_name
 from moebius.core.routing import RoutingRule
 
@@ -25,7 +25,19 @@ SHARED_EXPERT_ACTIVATIONS = ("swiglu", "relu2")
 # Every backend name that either frontend knows, and the original's names for two of them.
 EXPERT_BACKENDS = ("loop", "grouped_mm", "gmm", "te", "triton", "ragged_dot", "tokamax", "torch_mm_mxfp8")
 EXPERT_BACKEND_ALIASES = {"torch": "loop", "torch_mm": "grouped_mm"}
-DISPATCHERS = ("local", "torch", "allgather", "alltoall", "ragged_all_to_all", "deepep", "hybridep", "uccl_ep", "te")
+LINEAR_BACKENDS = ("torch", "te", "quack")
+DISPATCHERS = (
+    "local",
+    "torch",
+    "allgather",
+    "alltoall",
+    "ragged_all_to_all",
+    "deepep",
+    "hybridep",
+    "uccl_ep",
+    "te",
+    "mok",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +249,7 @@ class BackendConfig(_FromAttributes):
     """How a layer is computed. None means: choose when the layer is built.
 
     Attributes:
-        linear: of the dense projections; "torch" and "te" are the original's names.
+        linear: of the dense projections, one of LINEAR_BACKENDS; "torch" or None means the framework's own.
         experts: backend of the grouped matmul, one of EXPERT_BACKENDS, or the original's "torch", "torch_mm".
         dispatcher: how tokens reach other ranks, one of DISPATCHERS.
         dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of the DeepEP dispatchers.
@@ -273,12 +285,14 @@ class BackendConfig(_FromAttributes):
             name = EXPERT_BACKEND_ALIASES.get(self.experts, self.experts)
             _one_of("experts", name, EXPERT_BACKENDS, extra=tuple(EXPERT_BACKEND_ALIASES))
             object.__setattr__(self, "experts", name)
+        if self.linear is not None:
+            _one_of("linear", self.linear, LINEAR_BACKENDS)
         if self.dispatcher is not None:
             _one_of("dispatcher", self.dispatcher, DISPATCHERS)
         if self.checks is None:
             object.__setattr__(self, "checks", checks.environment())
         _one_of("checks", self.checks, checks.MODES)
-        if not 0.0 <= self.fake_gate_noise <= 1.0:
+        if not isinstance(self.fake_gate_noise, Real) or not 0.0 <= self.fake_gate_noise <= 1.0:
             raise ConfigError(f"fake_gate_noise={self.fake_gate_noise}", "a share outside [0, 1]", "use 0 to 1")
         if self.te_fp8 is not None and "te" not in (self.experts, self.linear):
             raise ConfigError(
@@ -286,6 +300,16 @@ class BackendConfig(_FromAttributes):
                 f"experts={self.experts!r}, linear={self.linear!r}",
                 "set experts='te' or linear='te', or leave te_fp8 out",
             )
+
+    def require_own_linear(self) -> None:
+        """Refuse a `linear` or `te_fp8` that only Transformer Engine or QuACK could serve.
+
+        Raises:
+            Unsupported: one was named.
+        """
+        if self.linear not in (None, "torch") or self.te_fp8 is not None:
+            asked = f"linear={self.linear!r}, te_fp8={self.te_fp8!r}"
+            raise Unsupported(asked, "dense projections run in the framework alone", "leave both out")
 
 
 def _integer(name: str, value: Any, least: int) -> None:

@@ -44,6 +44,14 @@ def _serves_all(problem: Problem) -> str | None:
     return None
 
 
+def _unbuilt(problem: Problem) -> str | None:
+    return "this version does not have it yet"
+
+
+def _nothing() -> None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """One row of a registry.
@@ -102,6 +110,11 @@ class Registry:
             )
         self._rows[backend.name] = backend
 
+    def add_unbuilt(self, *names: str) -> None:
+        """Declare backends that configs may name and this version refuses, with that reason."""
+        for name in names:
+            self.add(name=name, load=_nothing, supports=_unbuilt, only_when_named=True)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names in declared order."""
@@ -132,7 +145,8 @@ class Registry:
             raise BackendUnavailable(asked, missing, "install it, or name another backend")
         reason = backend.supports(problem)
         if reason is not None:
-            raise Unsupported(asked, reason, f"name another of {self.names}, or None to choose")
+            others = tuple(n for n in self.names if self._rows[n].supports(problem) is None)
+            raise Unsupported(asked, reason, f"name one of {others}, or None to choose")
         return backend
 
     def implementation(self, backend: Backend) -> Any:

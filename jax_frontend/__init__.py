@@ -7,6 +7,15 @@ looked up in the other. The meaning of every step is in `moebius.core`; here it 
 if __name__ != "moebius.jax_frontend":
     raise ImportError(f"this folder is the package moebius.jax_frontend; import it by that name, not as {__name__!r}")
 
+from importlib.util import find_spec
+
+from moebius.core.errors import BackendUnavailable
+
+if find_spec("jax") is None or find_spec("flax") is None:
+    raise BackendUnavailable(
+        "moebius.jax_frontend", "jax or flax is not installed", "pip install '.[jax]' in a clone of moebius"
+    )
+
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.checkpoint import load_moe

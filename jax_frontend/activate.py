@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from moebius.core import checks
 from moebius.core.activations import Activation
 from moebius.jax_frontend.dtypes import accumulate_dtype
 
@@ -32,6 +33,7 @@ def activate(hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] |
     Returns:
         [R, I], dtype of hidden_RU.
     """
+    checks.hidden(hidden_RU, row_weights_R, activation.gated)
     return _activate(hidden_RU, row_weights_R, activation)
 
 

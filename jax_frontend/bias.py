@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jax import Array
 
+from moebius.core import checks
 from moebius.jax_frontend.dtypes import accumulate_dtype
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add_bias(
     """
     if bias_eF is None:
         return out_RF
+    checks.bias(out_RF, bias_eF, row_experts_R, row_weights_R)
     accumulate = accumulate_dtype(out_RF.dtype)
     bias_RF = jnp.asarray(bias_eF, accumulate).at[row_experts_R].get(mode="fill", fill_value=0, indices_are_sorted=True)
     if row_weights_R is not None:

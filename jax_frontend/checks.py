@@ -12,7 +12,20 @@ import numpy as np
 from jax import Array
 
 from moebius.core import checks
-from moebius.core.errors import RoutingError, ShapeError
+from moebius.core.errors import DTypeError, RoutingError, ShapeError
+
+
+def check_arrays(**arrays: Any) -> None:
+    """All are arrays of this framework, or NumPy's, which JAX takes as they are.
+
+    Raises:
+        DTypeError: one is something else; names it.
+    """
+    for name, value in arrays.items():
+        if not isinstance(value, Array | np.ndarray):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            do = "use jax.numpy.asarray for lists, moebius.compare.to_jax for PyTorch"
+            raise DTypeError(f"{name} as a jax.Array", kind, do)
 
 
 def check_devices(**arrays: Array) -> None:

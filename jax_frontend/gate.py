@@ -13,7 +13,7 @@ from jax import Array, lax
 from moebius.core import checks, layout
 from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError, Unsupported
-from moebius.jax_frontend.checks import check_devices
+from moebius.jax_frontend.checks import check_arrays, check_devices
 from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.route import attach_aux_loss, aux_loss, expert_load, quiet, route, updated_correction_bias
@@ -94,6 +94,7 @@ class Gate(nnx.Module):
             indices [T, K] int32, and the auxiliary loss: a float32 scalar, unscaled, in training with
             config.aux_loss_coeff > 0, else None. Its gradient, times the coefficient, is attached to weights.
         """
+        check_arrays(x=x, token_mask=token_mask)
         checks.tokens(x, self.config.dim)
         checks.token_mask(token_mask, x.shape[0])
         check_devices(x=x, token_mask=token_mask, weight=self.weight[...])

@@ -213,3 +213,4 @@ BACKENDS.add(
     only_when_named=True,
     note="jax.lax.ragged_dot: every row times every expert on a CPU; NaN in one expert's matrix reaches every row",
 )
+BACKENDS.add_unbuilt("tokamax", "te", "triton")

@@ -15,6 +15,7 @@ from moebius.core import activations, checks, layout
 from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.errors import ShapeError
 from moebius.jax_frontend.activate import activate
+from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.jax_frontend.experts import GroupedExperts
 from moebius.jax_frontend.gate import FakeBalancedGate, Gate
@@ -135,6 +136,7 @@ class MoE(nnx.Module):
     ):
         self.config = c = MoEConfig.of(config)
         self.backend = b = BackendConfig.of(backend)
+        b.require_own_linear()
         self.dtype = None if dtype is None else as_dtype(dtype)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         dense = {**kwargs, "param_dtype": param_dtype or c.dtype}
@@ -163,6 +165,7 @@ class MoE(nnx.Module):
         Raises:
             ShapeError, DTypeError: an input does not fit.
         """
+        check_arrays(x=x, **({} if padding_mask is None else {"padding_mask": padding_mask}))
         x = x if self.dtype is None else x.astype(self.dtype)
         if len(x.shape) < 2:
             raise ShapeError(f"x of shape [..., {self.config.dim}]", f"shape {tuple(x.shape)}", "add a token axis")

@@ -7,6 +7,15 @@ looked up in the other. The meaning of every step is in `moebius.core`; here it 
 if __name__ != "moebius.torch_frontend":
     raise ImportError(f"this folder is the package moebius.torch_frontend; import it by that name, not as {__name__!r}")
 
+from importlib.util import find_spec
+
+from moebius.core.errors import BackendUnavailable
+
+if find_spec("torch") is None:
+    raise BackendUnavailable(
+        "moebius.torch_frontend", "torch is not installed", "pip install '.[torch]' in a clone of moebius"
+    )
+
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
 from moebius.torch_frontend.checkpoint import load_moe

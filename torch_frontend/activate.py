@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moebius.core import checks
 from moebius.core.activations import Activation
 from moebius.torch_frontend.dtypes import accumulate_dtype
 
@@ -33,6 +34,7 @@ def activate(
     Returns:
         [R, I], dtype of hidden_RU.
     """
+    checks.hidden(hidden_RU, row_weights_R, activation.gated)
     gate_RI, up_RI = _halves(hidden_RU.to(accumulate_dtype(hidden_RU.dtype)), activation)
     if activation.limit is not None:
         gate_RI = _below(gate_RI, activation.limit)

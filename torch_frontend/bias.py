@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import pad
 
+from moebius.core import checks
 from moebius.torch_frontend.dtypes import accumulate_dtype
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def add_bias(
     """
     if bias_eF is None:
         return out_RF
+    checks.bias(out_RF, bias_eF, row_experts_R, row_weights_R)
     accumulate = accumulate_dtype(out_RF.dtype)
     bias_RF = pad(bias_eF.to(accumulate), (0, 0, 0, 1)).index_select(0, row_experts_R)
     if row_weights_R is not None:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moebius.core import checks
 from moebius.core.errors import DTypeError, RoutingError, ShapeError
+
+
+def check_arrays(**arrays: Any) -> None:
+    """All are tensors of this framework.
+
+    Raises:
+        DTypeError: one is something else; names it.
+    """
+    for name, value in arrays.items():
+        if not isinstance(value, Tensor):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            do = "use torch.as_tensor for NumPy, moebius.compare.to_torch for JAX"
+            raise DTypeError(f"{name} as a torch.Tensor", kind, do)
 
 
 def check_devices(**tensors: Tensor) -> None:

@@ -76,3 +76,4 @@ def _not_over_ranks(problem: Problem) -> str | None:
 DISPATCHERS = Registry("moebius.torch_frontend", "dispatch")
 DISPATCHERS.add(name="local", load=lambda: Local, supports=_not_over_ranks, note="one rank")
 DISPATCHERS.add(name="allgather", load=lambda: Local, supports=_not_over_ranks, note="one rank: the same as local")
+DISPATCHERS.add_unbuilt("alltoall", "deepep", "hybridep", "uccl_ep", "te", "mok")

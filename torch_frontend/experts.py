@@ -13,7 +13,7 @@ from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.registry import Problem
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
-from moebius.torch_frontend.checks import check_devices, check_values
+from moebius.torch_frontend.checks import check_arrays, check_devices, check_values
 from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, Local
 from moebius.torch_frontend.dtypes import as_dtype
 from moebius.torch_frontend.matmul import choose, grouped_matmul
@@ -48,11 +48,14 @@ def experts(
     Raises:
         ShapeError, DTypeError: an input does not fit. ConfigError, BackendUnavailable, Unsupported: see Registry.
     """
+    check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
     checks.tokens(x, config.expert_dim)
     checks.token_mask(token_mask, x.shape[0])
     checks.routes(weights, indices, x.shape[0])
     checks.parameters(parameters, layout.experts(config))
     check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
+    if checks.environment() == "full":
+        check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.to(x.dtype) for name, value in parameters.items()}
     dispatcher = dispatcher or Local()
 

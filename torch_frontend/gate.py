@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moebius.core import checks, layout
 from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError, Unsupported
-from moebius.torch_frontend.checks import check_devices
+from moebius.torch_frontend.checks import check_arrays, check_devices
 from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.torch_frontend.matmul import linear
 from moebius.torch_frontend.route import attach_aux_loss, aux_loss, expert_load, quiet, route, updated_correction_bias
@@ -82,6 +82,7 @@ class Gate(nn.Module):
         """
         if cp_mesh is not None:
             raise Unsupported("statistics over cp_mesh", "context parallelism is not built yet", "pass None")
+        check_arrays(x=x, token_mask=token_mask)
         checks.tokens(x, self.config.dim)
         checks.token_mask(token_mask, x.shape[0])
         check_devices(x=x, token_mask=token_mask, weight=self.weight)

@@ -191,3 +191,4 @@ BACKENDS.add(
     note="torch.nn.functional.grouped_mm: CUTLASS on Hopper in bfloat16",
 )
 BACKENDS.add(name="loop", load=_load_loop, reads_host=True, note="one matmul per expert; any dtype, float64 too")
+BACKENDS.add_unbuilt("gmm", "te", "triton", "torch_mm_mxfp8")

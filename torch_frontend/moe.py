@@ -11,6 +11,7 @@ from moebius.core import activations, checks, layout
 from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.errors import ShapeError
 from moebius.torch_frontend.activate import activate
+from moebius.torch_frontend.checks import check_arrays
 from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.torch_frontend.experts import GroupedExperts
 from moebius.torch_frontend.gate import FakeBalancedGate, Gate
@@ -107,6 +108,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = c = MoEConfig.of(config)
         self.backend = b = BackendConfig.of(backend)
+        b.require_own_linear()
         self.dtype = None if dtype is None else as_dtype(dtype)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "device": device}
         dense = {"param_dtype": param_dtype or c.dtype, "device": device}
@@ -135,6 +137,7 @@ class MoE(nn.Module):
         Raises:
             ShapeError, DTypeError: an input does not fit.
         """
+        check_arrays(x=x, **({} if padding_mask is None else {"padding_mask": padding_mask}))
         x = x if self.dtype is None else x.to(self.dtype)
         if len(x.shape) < 2:
             raise ShapeError(f"x of shape [..., {self.config.dim}]", f"shape {tuple(x.shape)}", "add a token axis")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moebius.core import checks
 from moebius.core.config import MoEConfig
 from moebius.core.routing import NORM_EPSILON, RoutingRule
 from moebius.torch_frontend.dtypes import accumulate_dtype
@@ -47,6 +48,7 @@ def route(
         correction_bias_E: [E], added to the scores for the choice alone.
         ids_TK: [T, K] forced experts; the weights are still taken from the live scores. None to choose.
     """
+    checks.logits(logits_TE, config.n_routed_experts)
     rule = config.routing_rule
     logits_TE = logits_TE.to(accumulate_dtype(logits_TE.dtype))
     score_TE = _score(logits_TE, rule)

@@ -196,3 +196,48 @@ def test_full_checks_find_values_that_no_router_gives(side: Side, how: str, monk
     mask_out = np.ones(12, bool)
     mask_out[[5, 7]] = False
     layer(x, side.array(mask_out), side.array(weights, "float32"), side.array(ids, "int32"))
+
+
+@frontends
+def test_layers_of_another_frameworks_array_name_the_bridge(side: Side) -> None:
+    other = FRONTENDS[1 - FRONTENDS.index(side)]
+    layer = build(side, "MoE", MoEConfig(**CONFIG))
+    remedy = "moebius.compare.to_torch" if side.framework == "torch" else "moebius.compare.to_jax"
+    with pytest.raises(DTypeError, match=rf"asked: x as .*\nfound: .*\ndo: .*{remedy}"):
+        layer(other.array(np.zeros((3, 16)), "float32"))
+    with pytest.raises(DTypeError, match="x as a"):
+        layer([[0.0] * 16])
+    with pytest.raises(DTypeError, match="token_mask as a"):
+        layer.experts(side.array(np.zeros((3, 16)), "float32"), None, None, None)
+
+
+@frontends
+def test_modules_with_a_backend_of_a_later_version_say_so(side: Side) -> None:
+    for name in ("te", "triton"):
+        with pytest.raises(Unsupported, match=rf"backend '{name}'.*\nfound: this version does not have it yet"):
+            build(side, "GroupedExperts", MoEConfig(**CONFIG), BackendConfig(experts=name))
+    with pytest.raises(Unsupported, match="linear='te'"):
+        build(side, "MoE", MoEConfig(**CONFIG), BackendConfig(linear="te"))
+    with pytest.raises(ConfigError, match="linear='foo'"):
+        BackendConfig(linear="foo")
+
+
+@frontends
+def test_steps_of_shapes_that_do_not_fit_say_what_does(side: Side) -> None:
+    out, experts = side.array(np.zeros((5, 4)), "float32"), side.array(np.zeros(5), "int32")
+    activation = MoEConfig(**CONFIG).activation
+    for call in (
+        lambda: side.module.activate(side.array(np.zeros((5, 3)), "float32"), None, activation),
+        lambda: side.module.activate(out, side.array(np.zeros(4), "float32"), activation),
+        lambda: side.module.add_bias(out, side.array(np.zeros((2, 1)), "float32"), experts),
+        lambda: side.module.add_bias(out, side.array(np.zeros((2, 4)), "float32"), experts[:2]),
+    ):
+        with pytest.raises(ShapeError, match=r"asked: .+\nfound: .+\ndo: .+"):
+            call()
+
+
+@frontends
+def test_experts_as_a_function_check_values_under_the_environment(side: Side, monkeypatch) -> None:
+    monkeypatch.setenv("MOEBIUS_CHECKS", "full")
+    with pytest.raises(RoutingError, match=r"ids in \[-1, 4\)"):
+        call(side, indices=lambda s, a: a + 3)
