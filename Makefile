@@ -3,7 +3,8 @@ PY := .venv/bin/python
 JOBS ?= 2
 PYTEST := $(PY) -m pytest -q
 # One thread a worker: workers share the cores, and sums then have one order.
-SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS)
+# A file stays with one worker: what its first test compiles, the next ones reuse.
+SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile
 title = @printf '\n== %s\n' "$(1)"
 
 .NOTPARALLEL:

@@ -33,6 +33,13 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int, secon
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def two_threads() -> None:
+    """Keep this process on THREADS cores: XLA makes as many threads as it may use cores, PyTorch is told."""
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+
+
 def heading() -> str:
     """Machine and versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "flax", "transformers", "numpy"))

@@ -133,7 +133,10 @@ def _score(logits_TE: Float[Tensor, "T E"], rule: RoutingRule) -> Tensor:
         return torch.softmax(logits_TE, dim=-1)
     if rule.score == "sigmoid":
         return torch.sigmoid(logits_TE)
-    return torch.sqrt(torch.logaddexp(logits_TE, torch.zeros_like(logits_TE)))
+    # Where softplus underflows the square root's slope is infinite and softplus' own is 0: their product is NaN.
+    softplus_TE = torch.logaddexp(logits_TE, torch.zeros_like(logits_TE))
+    positive_TE = softplus_TE > 0
+    return torch.where(positive_TE, torch.where(positive_TE, softplus_TE, 1.0).sqrt(), softplus_TE)
 
 
 def _choice(

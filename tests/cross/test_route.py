@@ -151,6 +151,13 @@ def test_route_of_scores_apart_by_more_than_rounding_is_equal_in_both_frontends(
     assert differ.mean() < 1e-2
 
 
+@frontends
+def test_route_of_a_score_that_underflows_has_a_finite_gradient(side: Side) -> None:
+    logits = np.tile(np.array([[-200.0, 1.0, 2.0, 3.0, 4.0, -300.0, 0.0, 5.0]]), (2, 1))
+    found = weights_and_gradient(side, config("sqrtsoftplus"), logits, None, np.ones((2, 3)), np.ones((2, 8)))
+    assert np.isfinite(found["dlogits"]).all() and (found["dlogits"][:, [0, 5]] == 0).all()
+
+
 BAD_LOGITS = {"width": (3, 5), "one_expert": (3, 1), "flat": (8,)}
 
 
