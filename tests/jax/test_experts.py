@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
-from moebius.core import BackendConfig, MoEConfig
+from moebius.core import BackendConfig, MoEConfig, layout
 from moebius.core.vectors import compute, load
 from moebius.jax_frontend import GroupedExperts, experts
 
@@ -108,6 +109,31 @@ def test_experts_with_float32_parameters_and_bfloat16_tokens_give_float32_gradie
     dparameters, dx, dweights = jax.jit(run)(parameters_of(layer()), x, weights)
     assert {str(grad.dtype) for grad in dparameters.values()} == {"float32"}
     assert dx.dtype == jnp.bfloat16 and dweights.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before_down", "after_down"])
+def test_experts_first_and_second_derivatives_in_float64(after):
+    config = MoEConfig(
+        n_routed_experts=3,
+        n_activated_experts=2,
+        dim=3,
+        moe_inter_dim=2,
+        dtype="float64",
+        expert_bias=True,
+        expert_activation="quick_geglu",
+        apply_router_weight_after_down=after,
+    )
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        parameters = {row.name: jnp.asarray(rng.normal(size=row.shape)) for row in layout.experts(config)}
+        x, weights = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.random((4, 2)))
+        ids, mask = jnp.asarray([[0, 2], [2, 2], [-1, 0], [0, 3]], jnp.int32), jnp.ones(4, bool)
+
+        @jax.jit
+        def run(parameters, x, weights):
+            return experts(parameters, x, mask, weights, ids, config=config, backend="loop")
+
+        check_grads(run, (parameters, x, weights), order=2, modes=["rev"], rtol=1e-5, atol=1e-5)
 
 
 def test_experts_take_numpy_arrays(layer):
