@@ -117,8 +117,8 @@ class Registry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names in declared order."""
-        return tuple(self._rows)
+        """Names in declared order, without those that this version does not have yet."""
+        return tuple(name for name, row in self._rows.items() if row.supports is not _unbuilt)
 
     def __getitem__(self, name: str) -> Backend:
         """The row of that name."""
@@ -145,8 +145,7 @@ class Registry:
             raise BackendUnavailable(asked, missing, "install it, or name another backend")
         reason = backend.supports(problem)
         if reason is not None:
-            others = tuple(n for n in self.names if self._rows[n].supports(problem) is None)
-            raise Unsupported(asked, reason, f"name one of {others}, or None to choose")
+            raise Unsupported(asked, reason, f"name another of {self.names}, or None to choose")
         return backend
 
     def implementation(self, backend: Backend) -> Any:
