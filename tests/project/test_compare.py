@@ -324,7 +324,7 @@ def test_entry_without_the_packages_says_which_extra_brings_them(monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["moebius", "compare", "folder"])
     assert entry.main() == 2
     out = capsys.readouterr()
-    assert out.out == "" and "pip install 'moebius[compare]'" in out.err and "transformers" in out.err
+    assert out.out == "" and "pip install '.[compare]' in a clone" in out.err and "transformers" in out.err
     for arguments in (["--help"], []):
         monkeypatch.setattr(sys, "argv", ["moebius", *arguments])
         assert entry.main() == 0
