@@ -16,30 +16,51 @@ from typing import Any
 
 import numpy as np
 
-from moebius.core import layout
+from moebius.core import layout, model
 from moebius.core.config import MoEConfig
 from moebius.core.errors import CheckpointError, MoEError
-from moebius.core.families import FAMILIES, Family, Piece
+from moebius.core.families import Family
 from moebius.core.folder import CONFIG, Folder, Stored, listed
 from moebius.core.precision import DTYPES, dtype_name
+from moebius.core.recipes import Piece
 
 # Endings of the names that quantised checkpoints use for packed weights and their scales.
 _QUANTISED = ("_blocks", "_scales", "scale_inv", "_scale", ".qweight", ".qzeros", ".scales", ".g_idx")
-_DEQUANTISE = "quantised weights are not supported yet: load with transformers, dequantise, and call save_pretrained"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """One stored tensor and the region that it fills: `parameters[target][index]`."""
+    """One stored tensor and the region that it fills: `tensors[target][index]`.
+
+    Attributes:
+        transposed, alternating: how the stored columns lie, as in moebius.core.recipes.Piece.
+    """
 
     stored: Stored
     target: str
     index: tuple[Any, ...]
     transposed: bool
+    alternating: bool
 
-    def oriented(self, array: Any) -> Any:
-        """A stored array in the region's axes, or a region in the stored axes: the same swap both ways."""
-        return array.swapaxes(-1, -2) if self.transposed else array
+    def write(self, tensors: Mapping[str, Any], array: Any) -> None:
+        """Copy the stored array into its region."""
+        region = tensors[self.target][self.index]  # a view
+        if self.transposed:
+            array = array.swapaxes(-1, -2)
+        if not self.alternating:
+            region[...] = array
+            return
+        width = region.shape[-1] // 2
+        for half in (0, 1):
+            region[..., half * width : (half + 1) * width] = array[..., half::2]
+
+    def read(self, tensors: Mapping[str, Any]) -> Any:
+        """The region as it is stored: the inverse of `write`."""
+        region = tensors[self.target][self.index]
+        if self.alternating:
+            *lead, width = region.shape
+            region = region.reshape(*lead, 2, width // 2).swapaxes(-1, -2).reshape(*lead, width)
+        return region.swapaxes(-1, -2) if self.transposed else region
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,24 +87,29 @@ class Plan:
             yield file, list(places)
 
 
-def plan(folder: Folder, layer: int | None = None, *, dtype: Any = None) -> Plan:
+def plan(folder: Folder, layer: int | None = None, *, dtype: Any = None, recipe: str | None = None) -> Plan:
     """Decide how one MoE layer is read, and whether it can be. Reads headers only.
 
     Args:
         layer: index of the layer; None for the first MoE layer.
         dtype: of the parameters; None for the stored one.
+        recipe: name of one of the family's recipes; None for the one that the tensors' names tell.
     Raises:
-        CheckpointError: unknown family, quantised, no such MoE layer, or tensors missing, left over, of the wrong
-            shape or dtype, all of them named together.
+        CheckpointError: unknown family or recipe, quantised, no such MoE layer, or tensors missing, left over, of the
+            wrong shape or dtype, all of them named together.
         ConfigError: config.json contradicts itself.
     """
-    family = _family(folder)
-    layers = _moe_layers(family, folder)
+    family = model.family_of(folder)
+    _require_known(recipe, family, folder)
+    layers = model.moe_layers(family, folder)
     layer = _chosen(layer, layers, folder)
-    config = MoEConfig(**_fields(family, folder))
+    config = model.config_of(family, folder)
     prefix, names = _block(family, layer, folder)
-    recipe, pieces = _recipe(family, prefix, config, names, folder)
-    placements = _placements(pieces, prefix, config, names, layer, folder)
+    recipe = recipe or _told(family, prefix, config, names, folder)
+    config = replace(config, **family.recipes[recipe].changes)
+    pieces = family.common + family.recipes[recipe].pieces
+    where = f"MoE layer {layer} in {folder.path}, below {prefix}, by the recipe {recipe!r}"
+    placements = _placements(pieces, prefix, config, names, where, folder)
     return Plan(
         family=family,
         recipe=recipe,
@@ -98,7 +124,7 @@ def fill(plan: Plan, buffers: Mapping[str, Any], opened: Callable[[Path], Abstra
     """Read every tensor of a plan into its region of `buffers`, one file after the other.
 
     Args:
-        buffers: one writable array per parameter name of `moebius.core.layout.moe(plan.config)`.
+        buffers: one writable array per name of `moebius.core.layout.moe(plan.config)` and `layout.state(plan.config)`.
         opened: opens a file; the result has `get_tensor(name)`, as safetensors.safe_open's.
     Raises:
         CheckpointError: a file cannot be opened or read.
@@ -107,7 +133,7 @@ def fill(plan: Plan, buffers: Mapping[str, Any], opened: Callable[[Path], Abstra
         try:
             with opened(file) as tensors:
                 for place in places:
-                    buffers[place.target][place.index] = place.oriented(tensors.get_tensor(place.stored.name))
+                    place.write(buffers, tensors.get_tensor(place.stored.name))
         except MoEError:
             raise
         except Exception as error:  # the reader's own errors are classes that core cannot name
@@ -117,68 +143,32 @@ def fill(plan: Plan, buffers: Mapping[str, Any], opened: Callable[[Path], Abstra
 
 
 def export(
-    plan: Plan, parameters: Mapping[str, Any], contiguous: Callable[[Any], Any] = np.ascontiguousarray
+    plan: Plan, tensors: Mapping[str, Any], contiguous: Callable[[Any], Any] = np.ascontiguousarray
 ) -> dict[str, Any]:
     """The inverse of `fill`: every stored tensor by its name, with the bytes that were read unless dtype was changed.
 
     Args:
-        parameters: one array per parameter name.
+        tensors: one array per parameter and state name.
         contiguous: makes an array contiguous; writers of safetensors store other strides wrongly or refuse them.
     """
-    return {
-        place.stored.name: contiguous(place.oriented(parameters[place.target][place.index]))
-        for place in plan.placements
-    }
+    return {place.stored.name: contiguous(place.read(tensors)) for place in plan.placements}
 
 
-def _family(folder: Folder) -> Family:
-    name, asked = folder.config.get("model_type"), f"an MoE layer of {folder.path}"
-    if not isinstance(name, str) or name not in FAMILIES:
+def ranges(numbers: tuple[int, ...]) -> str:
+    """
+    >>> ranges((0, 1, 2, 5))
+    '0-2, 5'
+    """
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
+
+
+def _require_known(recipe: str | None, family: Family, folder: Folder) -> None:
+    if recipe is not None and recipe not in family.recipes:
+        known = ", ".join(map(repr, family.recipes))
         raise CheckpointError(
-            asked,
-            f"model_type {name!r}, architectures {folder.config.get('architectures')!r}",
-            f"use a checkpoint of a known family: {', '.join(FAMILIES)}",
+            f"recipe {recipe!r} for {folder.path}", f"the recipes of {family.model_type}: {known}", "name one of them"
         )
-    quantised = folder.config.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(asked, f"weights quantised by {method!r} (quantization_config in {CONFIG})", _DEQUANTISE)
-    return FAMILIES[name]
-
-
-def _value(family: Family, folder: Folder, *keys: str) -> Any:
-    """What config.json says under one of these keys, else the family's default."""
-    found = {key: folder.config[key] for key in keys if folder.config.get(key) is not None}
-    default = family.defaults.get(keys[0])
-    asked = f"{' or '.join(keys)} in {folder.path / CONFIG}"
-    if not found and default is None:
-        raise CheckpointError(asked, "no such key", f"complete it: {family.model_type} needs it")
-    value, *others = [*found.values()] or [default]
-    if any(other != value for other in others):
-        raise CheckpointError(asked, f"{found}, which differ", "leave only one of them")
-    kinds = (int, float) if isinstance(default, float) else (type(default) if default is not None else int,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise CheckpointError(asked, repr(value), f"write a value of type {kinds[-1].__name__}")
-    return value
-
-
-def _fields(family: Family, folder: Folder) -> dict[str, Any]:
-    for key, due in family.requires.items():
-        if _value(family, folder, key) != due:
-            raise CheckpointError(
-                f"{key}={due!r}, the only one that {family.model_type} is computed with",
-                f"{key}={folder.config[key]!r}",
-                "use a checkpoint with it",
-            )
-    read = {name: _value(family, folder, *keys) for name, keys in family.settings.items()}
-    return {**read, **family.constants}
-
-
-def _moe_layers(family: Family, folder: Folder) -> tuple[int, ...]:
-    dense = _value(family, folder, family.dense_layers) if family.dense_layers else []
-    step = _value(family, folder, family.sparse_step) if family.sparse_step else 1
-    count = _value(family, folder, "num_hidden_layers")
-    return tuple(layer for layer in range(count) if layer not in dense and (layer + 1) % max(step, 1) == 0)
 
 
 def _chosen(layer: int | None, layers: tuple[int, ...], folder: Folder) -> int:
@@ -195,15 +185,6 @@ def _chosen(layer: int | None, layers: tuple[int, ...], folder: Folder) -> int:
     raise CheckpointError(f"{which} of {folder.path}", found, "choose one of the MoE layers")
 
 
-def ranges(numbers: tuple[int, ...]) -> str:
-    """
-    >>> ranges((0, 1, 2, 5))
-    '0-2, 5'
-    """
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "none"
-
-
 def _block(family: Family, layer: int, folder: Folder) -> tuple[str, set[str]]:
     """(prefix of the block's tensors, their names without it)."""
     prefixes = [prefix.format(layer=layer) for prefix in family.prefixes]
@@ -212,25 +193,23 @@ def _block(family: Family, layer: int, folder: Folder) -> tuple[str, set[str]]:
     quantised = sorted(name for name in names if name.endswith(_QUANTISED))
     if quantised:
         found = f"quantised tensors {listed(quantised)}"
-        raise CheckpointError(f"layer {layer} of {folder.path}", found, _DEQUANTISE)
+        raise CheckpointError(f"layer {layer} of {folder.path}", found, model.DEQUANTISE)
     return prefix, names
 
 
-def _recipe(
-    family: Family, prefix: str, config: MoEConfig, names: set[str], folder: Folder
-) -> tuple[str, tuple[Piece, ...]]:
+def _told(family: Family, prefix: str, config: MoEConfig, names: set[str], folder: Folder) -> str:
     """The recipe whose names occur; the family's first where none does, so that its names are reported missing."""
     present = [
-        recipe
-        for recipe, pieces in family.recipes.items()
-        if any(name in names for piece in pieces for name, _ in _expanded(piece, config))
+        name
+        for name, recipe in family.recipes.items()
+        if not recipe.on_request
+        and any(stored in names for piece in recipe.pieces for stored, _ in _expanded(piece, config))
     ]
     if len(present) > 1:
         raise CheckpointError(
             f"one recipe for {prefix}* of {folder.path}", f"tensors of {present}", "keep one set of them"
         )
-    recipe = present[0] if present else next(iter(family.recipes))
-    return recipe, family.router + family.recipes[recipe]
+    return present[0] if present else next(iter(family.recipes))
 
 
 def _expanded(piece: Piece, config: MoEConfig) -> list[tuple[str, tuple[Any, ...]]]:
@@ -243,9 +222,11 @@ def _expanded(piece: Piece, config: MoEConfig) -> list[tuple[str, tuple[Any, ...
 
 
 def _placements(
-    pieces: tuple[Piece, ...], prefix: str, config: MoEConfig, names: set[str], layer: int, folder: Folder
+    pieces: tuple[Piece, ...], prefix: str, config: MoEConfig, names: set[str], where: str, folder: Folder
 ) -> tuple[Placement, ...]:
-    shapes = {parameter.name: parameter.shape for parameter in layout.moe(config)}
+    shapes = {row.name: row.shape for row in layout.moe(config) + layout.state(config)}
+    # A config without shared experts has no place for theirs.
+    pieces = tuple(piece for piece in pieces if piece.target in shapes)
     wanted = [(piece, name, index) for piece in pieces for name, index in _expanded(piece, config)]
     stored = folder.stored(prefix + name for _, name, _ in wanted)
     missing, wrong, placements = [], [], []
@@ -259,12 +240,13 @@ def _placements(
             wrong.append(f"{name} {list(place.shape)} where {list(due)} is due")
         if place.dtype not in DTYPES:
             wrong.append(f"{name} of dtype {place.dtype}")
-        placements.append(Placement(stored=place, target=piece.target, index=index, transposed=piece.transposed))
+        turned = {"transposed": piece.transposed, "alternating": piece.alternating}
+        placements.append(Placement(stored=place, target=piece.target, index=index, **turned))
     left = sorted(names - {name for _, name, _ in wanted})
-    faults = (("missing", missing), ("wrong", wrong), ("left over", left))
     if missing or wrong or left:
+        faults = (("missing", missing), ("wrong", wrong), ("left over", left))
         raise CheckpointError(
-            f"the tensors of MoE layer {layer} in {folder.path}, below {prefix}",
+            f"the tensors of {where}",
             "; ".join(f"{what}: {listed(found)}" for what, found in faults if found),
             f"download it again, or correct {CONFIG}: {config.n_routed_experts} experts, hidden size {config.dim}, "
             f"expert width {config.moe_inter_dim}",
@@ -281,8 +263,10 @@ def _typed(config: MoEConfig, placements: tuple[Placement, ...], dtype: Any) -> 
     """The config with the dtypes of its parameters: as asked, or the widest stored of the experts and of the router."""
     if dtype is not None:
         return replace(config, dtype=dtype_name(dtype))
+    parameters = {row.name for row in layout.moe(config)}
     found: dict[bool, str] = {}
     for place in placements:
-        is_gate = place.target.startswith("gate.")
-        found[is_gate] = min(found.get(is_gate, place.stored.dtype), place.stored.dtype, key=list(DTYPES).index)
+        if place.target in parameters:
+            is_gate, stored = place.target.startswith("gate."), place.stored.dtype
+            found[is_gate] = min(found.get(is_gate, stored), stored, key=list(DTYPES).index)
     return replace(config, dtype=found[False], gate_dtype=None if found[True] == found[False] else found[True])

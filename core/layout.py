@@ -49,7 +49,7 @@ def experts(config: MoEConfig) -> tuple[Parameter, ...]:
 
 
 def gate(config: MoEConfig) -> tuple[Parameter, ...]:
-    """Parameters of the router. The correction bias is state, not a parameter: `[E]`, float32."""
+    """Parameters of the router. The correction bias is no parameter: see `state`."""
     dtype, n = config.gate_dtype or config.dtype, config.n_routed_experts
     weight = Parameter(name="weight", axes=("E", "dim"), shape=(n, config.dim), dtype=dtype)
     if not config.router_bias:
@@ -88,6 +88,18 @@ def moe(config: MoEConfig) -> tuple[Parameter, ...]:
         rows += linear("fc1_latent_proj", config.dim, config.moe_latent_size, config.dtype, config.expert_bias)
         rows += linear("fc2_latent_proj", config.moe_latent_size, config.dim, config.dtype, config.expert_bias)
     return tuple(rows)
+
+
+def state(config: MoEConfig) -> tuple[Parameter, ...]:
+    """What a layer holds beside its parameters and a checkpoint holds too, with its dotted name; empty without any.
+
+    The router's correction bias: no gradient moves it, and it is float32 whatever the config's dtypes are, since
+    bfloat16 would lose the small steps of its update.
+    """
+    if not config.has_correction_bias:
+        return ()
+    name, shape = "gate.e_score_correction_bias", (config.n_routed_experts,)
+    return (Parameter(name=name, axes=("E",), shape=shape, dtype="float32", zeros=True),)
 
 
 def _within(prefix: str, row: Parameter) -> Parameter:

@@ -6,8 +6,8 @@
     ids        = top K of choice, ties to the lowest id
     weights    = `weights_from` at ids, normalised to sum 1 where the config says so, times route_scale
 
-Where neither bias nor groups take part, every score is monotone in the logit and the choice is made by the logits
-themselves: exact, and the same in both frameworks whatever their exp() rounds to.
+Where no bias takes part, and no groups but those of a "max" rule, every score is monotone in the logit and the choice
+is made by the logits themselves: exact, and the same in both frameworks whatever their exp() rounds to.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class RoutingRule:
             "biased_scores" (scores plus correction bias).
         uses_bias: the correction bias takes part in the choice.
         group_fill: value an expert of an excluded group gets in the choice; None where groups are ignored.
-        group_score: a group's score is the sum of its two best ("top2"), or its best one while there is no
-            correction bias ("max_unless_bias").
+        group_score: a group's score is the sum of its two best ("top2"), its best one ("max"), or its best one while
+            there is no correction bias ("max_unless_bias").
         source: the paper or model that the row restates.
     """
 
@@ -43,7 +43,7 @@ class RoutingRule:
     uses_bias: bool
     group_fill: float | None
     source: str
-    group_score: Literal["top2", "max_unless_bias"] = "top2"
+    group_score: Literal["top2", "max", "max_unless_bias"] = "top2"
 
 
 _ROWS = (
@@ -70,6 +70,17 @@ _ROWS = (
         uses_bias=True,
         group_fill=0.0,
         source="ERNIE 4.5, Mistral 4",
+    ),
+    RoutingRule(
+        name="softmax_with_groups",
+        score="softmax",
+        weights_from="scores",
+        uses_bias=False,
+        # The model fills with 0: the same choice, since every score of a kept group is above it. Where scores
+        # underflow to 0 only -inf keeps the choice inside of the kept groups, as ranking the logits needs anyway.
+        group_fill=float("-inf"),
+        group_score="max",
+        source="DeepSeek-V2, arXiv:2405.04434, group_limited_greedy: a group ranks by its best score, no bias",
     ),
     RoutingRule(
         name="sqrtsoftplus",
@@ -110,7 +121,14 @@ _ROWS = (
 ROUTING_RULES: dict[str, RoutingRule] = {row.name: row for row in _ROWS}
 
 # What a config may name; the two other rows are variants that a flag of the config selects.
-SCORE_FUNCTIONS = ("softmax", "softmax_with_bias", "sqrtsoftplus", "sigmoid_with_bias", "sigmoid")
+SCORE_FUNCTIONS = (
+    "softmax",
+    "softmax_with_bias",
+    "softmax_with_groups",
+    "sqrtsoftplus",
+    "sigmoid_with_bias",
+    "sigmoid",
+)
 _VARIANTS = (
     ("softmax", "softmax_before_topk", "softmax_before_topk"),
     ("sigmoid", "router_weight_uses_score_correction_bias", "sigmoid_biased_weights"),

@@ -84,6 +84,12 @@ _LAYERS: dict[str, Settings] = {
         "expert_activation": "quick_geglu",
         "activation_limit": _LIMIT,
     },
+    "deepseek_v2": {
+        **_GROUPS,
+        "score_func": "softmax_with_groups",
+        "route_scale": 16.0,
+        "n_shared_experts": 2,
+    },
     "deepseek_v3": {
         **_CORRECTED,
         **_GROUPS,

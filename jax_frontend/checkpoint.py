@@ -14,10 +14,12 @@ from moebius.core.errors import BackendUnavailable
 from moebius.core.folder import read_folder
 from moebius.jax_frontend.dtypes import as_dtype
 from moebius.jax_frontend.moe import MoE
-from moebius.jax_frontend.weights import load_parameters
+from moebius.jax_frontend.weights import load_parameters, load_state
 
 
-def load_moe(folder: Any, layer: int | None = None, *, dtype: Any = None, backend: Any = None) -> MoE:
+def load_moe(
+    folder: Any, layer: int | None = None, *, dtype: Any = None, backend: Any = None, recipe: str | None = None
+) -> MoE:
     """An MoE layer with the weights of a Hugging Face checkpoint; reads that layer's tensors alone.
 
     Args:
@@ -25,19 +27,24 @@ def load_moe(folder: Any, layer: int | None = None, *, dtype: Any = None, backen
         layer: index of the layer; None for the first MoE layer.
         dtype: of the parameters; None for the stored one.
         backend: BackendConfig, or any object with its attributes, or None.
+        recipe: one of the family's recipes; None for the one that the tensors' names tell. "gate and up
+            de-interleaved" loads GPT-OSS in halves, with the activation that reads halves.
     Returns:
-        MoE on the default device, its `config` as config.json says.
+        MoE on the default device, its `config` as config.json and the recipe say.
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, quantised or of an unknown family, or the layer is
-            dense. ConfigError: config.json contradicts itself, or float64 while JAX's x64 mode is off.
+        CheckpointError: the checkpoint is incomplete, damaged, quantised or of an unknown family, the layer is
+            dense, or the family has no such recipe.
+        ConfigError: config.json contradicts itself, or float64 while JAX's x64 mode is off.
         BackendUnavailable: safetensors is not installed.
     """
-    plan = checkpoint.plan(read_folder(folder), layer, dtype=dtype)
+    plan = checkpoint.plan(read_folder(folder), layer, dtype=dtype, recipe=recipe)
     # One buffer on the host, one copy to the device: stacking on the device would hold every expert twice.
-    buffers = {row.name: np.empty(row.shape, jnp.dtype(as_dtype(row.dtype))) for row in layout.moe(plan.config)}
+    rows, state_rows = layout.moe(plan.config), layout.state(plan.config)
+    buffers = {row.name: np.empty(row.shape, jnp.dtype(as_dtype(row.dtype))) for row in rows + state_rows}
     checkpoint.fill(plan, buffers, _opened)
     module = MoE(plan.config, backend, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros)
-    load_parameters(module, {name: jnp.asarray(buffers.pop(name)) for name in list(buffers)})
+    load_parameters(module, {row.name: jnp.asarray(buffers.pop(row.name)) for row in rows})
+    load_state(module, {row.name: jnp.asarray(buffers.pop(row.name)) for row in state_rows})
     return module
 
 

@@ -40,8 +40,8 @@ def route(
 ) -> Routing:
     """Choose K experts for each token and weight them, by the config's routing rule.
 
-    Spec: core.reference.route. Equal logits give equal routing in both frontends, the lowest id winning a tie; a
-    rule with a correction bias or groups chooses by scores, whose exp() may round differently in the last place.
+    Spec: core.reference.route. Equal logits give equal routing in both frontends, the lowest id winning a tie; with
+    a correction bias or groups most rules choose by scores, whose exp() may round differently in the last place.
 
     Args:
         logits_TE: [T, E], any floating dtype; computed in promote_types(dtype, float32).
@@ -150,13 +150,17 @@ def _choice(
     """What the top K are taken of."""
     rule = config.routing_rule
     bias_E = correction_bias_E if rule.uses_bias else None
-    if rule.group_fill is None or config.n_expert_groups <= 1:
-        return logits_TE if bias_E is None else score_TE + bias_E
-    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    grouped = rule.group_fill is not None and config.n_expert_groups > 1
+    if bias_E is not None:
+        choice_TE = score_TE + bias_E
+    else:
+        choice_TE = score_TE if grouped and rule.group_score != "max" else logits_TE
+    if rule.group_fill is None or not grouped:
+        return choice_TE
     per_group = choice_TE.shape[1] // config.n_expert_groups
     choice_TGM = choice_TE.reshape(-1, config.n_expert_groups, per_group)
-    best = 1 if rule.group_score == "max_unless_bias" and bias_E is None else min(2, choice_TGM.shape[-1])
-    group_TG = lax.top_k(choice_TGM, best)[0].sum(-1)
+    best = {"top2": 2, "max": 1, "max_unless_bias": 1 if bias_E is None else 2}[rule.group_score]
+    group_TG = lax.top_k(choice_TGM, min(best, per_group))[0].sum(-1)
     kept_TL = _top_k(group_TG, config.n_limited_groups)
     kept_TG = (kept_TL[:, :, None] == jnp.arange(config.n_expert_groups, dtype=jnp.int32)).any(1)
     return jnp.where(kept_TG[..., None], choice_TGM, rule.group_fill).reshape(choice_TE.shape)

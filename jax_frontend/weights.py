@@ -1,4 +1,4 @@
-"""The canonical parameters of a module: drawing, reading and writing them by the names of core.layout."""
+"""The canonical parameters and state of a module: drawing, reading and writing them by the names of core.layout."""
 
 from __future__ import annotations
 
@@ -41,22 +41,49 @@ def draw(
 
 
 def parameters(module: nnx.Module) -> dict[str, Array]:
-    """The module's parameters and its correction bias by dotted name."""
-    return {name: variable[...] for name, variable in _variables(module).items()}
+    """The module's parameters by dotted name."""
+    return {name: variable[...] for name, variable in _variables(module, nnx.Param).items()}
 
 
-def load_parameters(module: nnx.Module, values: Mapping[str, Array]) -> None:
+def load_parameters(module: nnx.Module, values: Mapping[str, Any]) -> None:
     """Put `values` into the module, cast to its parameters' dtype; all of them or, on an error, none.
+
+    Args:
+        values: by dotted name, JAX or NumPy arrays in the layout's shapes.
 
     Raises:
         CheckpointError: names are missing or unexpected; lists all of them.
         ShapeError: an array does not have the layout's shape.
     """
-    own = _variables(module)
+    _load(_variables(module, nnx.Param), values, f"parameters of {type(module).__name__}")
+
+
+def state(module: nnx.Module) -> dict[str, Array]:
+    """What the module holds beside its parameters and a checkpoint holds too, by the dotted names of core.layout.state.
+
+    That is the correction bias, float32; empty where the config holds none.
+    """
+    return {name: variable[...] for name, variable in _variables(module, CorrectionBias).items()}
+
+
+def load_state(module: nnx.Module, values: Mapping[str, Any]) -> None:
+    """Put `values` into the module's state, as `load_parameters` does into its parameters.
+
+    Args:
+        values: by dotted name, JAX or NumPy arrays in the layout's shapes; empty where the module has no state.
+
+    Raises:
+        CheckpointError: names are missing or unexpected; lists all of them.
+        ShapeError: an array does not have the layout's shape.
+    """
+    _load(_variables(module, CorrectionBias), values, f"state tensors of {type(module).__name__}")
+
+
+def _load(own: Mapping[str, nnx.Variable[Array]], values: Mapping[str, Any], what: str) -> None:
     missing, unexpected = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
     if missing or unexpected:
         found = f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
-        raise CheckpointError(f"the {len(own)} parameters of {type(module).__name__}", found, "pass exactly these")
+        raise CheckpointError(f"the {len(own)} {what}", found, "pass exactly these")
     for name, value in values.items():
         checks.parameter(name, value, tuple(own[name].shape))
     for name, value in values.items():
@@ -67,7 +94,6 @@ def load_parameters(module: nnx.Module, values: Mapping[str, Array]) -> None:
         own[name].set_value(jax.device_put(after, before.sharding) if placed else after)
 
 
-def _variables(module: nnx.Module) -> dict[str, nnx.Variable[Array]]:
+def _variables(module: nnx.Module, kind: type[nnx.Variable[Any]]) -> dict[str, nnx.Variable[Array]]:
     pairs = nnx.iter_graph(module)
-    kept = (nnx.Param, CorrectionBias)
-    return {".".join(map(str, path)): node for path, node in pairs if isinstance(node, kept)}
+    return {".".join(map(str, path)): node for path, node in pairs if isinstance(node, kind)}

@@ -11,11 +11,13 @@ from moebius.core import checkpoint
 from moebius.core.errors import BackendUnavailable
 from moebius.core.folder import read_folder
 from moebius.torch_frontend.moe import MoE
-from moebius.torch_frontend.weights import parameters
+from moebius.torch_frontend.weights import parameters, state
 
 
 @torch.no_grad()
-def load_moe(folder: Any, layer: int | None = None, *, dtype: Any = None, backend: Any = None) -> MoE:
+def load_moe(
+    folder: Any, layer: int | None = None, *, dtype: Any = None, backend: Any = None, recipe: str | None = None
+) -> MoE:
     """An MoE layer with the weights of a Hugging Face checkpoint; reads that layer's tensors alone.
 
     Args:
@@ -23,15 +25,19 @@ def load_moe(folder: Any, layer: int | None = None, *, dtype: Any = None, backen
         layer: index of the layer; None for the first MoE layer.
         dtype: of the parameters; None for the stored one.
         backend: BackendConfig, or any object with its attributes, or None.
+        recipe: one of the family's recipes; None for the one that the tensors' names tell. "gate and up
+            de-interleaved" loads GPT-OSS in halves, with the activation that reads halves.
     Returns:
-        MoE on the CPU, its `config` as config.json says.
+        MoE on the CPU, its `config` as config.json and the recipe say.
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, quantised or of an unknown family, or the layer is
-            dense. ConfigError: config.json contradicts itself. BackendUnavailable: safetensors is not installed.
+        CheckpointError: the checkpoint is incomplete, damaged, quantised or of an unknown family, the layer is
+            dense, or the family has no such recipe.
+        ConfigError: config.json contradicts itself.
+        BackendUnavailable: safetensors is not installed.
     """
-    plan = checkpoint.plan(read_folder(folder), layer, dtype=dtype)
+    plan = checkpoint.plan(read_folder(folder), layer, dtype=dtype, recipe=recipe)
     module = MoE(plan.config, backend, device="cpu")
-    checkpoint.fill(plan, parameters(module), _opened)
+    checkpoint.fill(plan, {**parameters(module), **state(module)}, _opened)
     return module
 
 

@@ -1,4 +1,4 @@
-"""The canonical parameters of a module: drawing, reading and writing them by the names of core.layout."""
+"""The canonical parameters and state of a module: drawing, reading and writing them by the names of core.layout."""
 
 from __future__ import annotations
 
@@ -25,13 +25,10 @@ def draw(tensor: Tensor, parameter: Parameter, std: float = 0.02) -> None:
 
 
 def parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters and its correction bias by dotted name, detached, sharing memory with the module."""
-    named: dict[str, Tensor] = dict(module.named_parameters())
-    named |= {name: value for name, value in module.named_buffers() if value is not None}
-    return {name: value.detach() for name, value in named.items()}
+    """The module's parameters by dotted name, detached, sharing memory with the module."""
+    return {name: value.detach() for name, value in module.named_parameters()}
 
 
-@torch.no_grad()
 def load_parameters(module: nn.Module, values: Mapping[str, Any]) -> None:
     """Copy `values` into the module's parameters, cast to their dtype; all of them or, on an error, none.
 
@@ -42,11 +39,36 @@ def load_parameters(module: nn.Module, values: Mapping[str, Any]) -> None:
         CheckpointError: names are missing or unexpected; lists all of them.
         ShapeError: a tensor does not have the layout's shape.
     """
-    own = parameters(module)
+    _load(parameters(module), values, f"parameters of {type(module).__name__}")
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """What the module holds beside its parameters and a checkpoint holds too, by the dotted names of core.layout.state.
+
+    That is the correction bias, float32, sharing memory with the module; empty where the config holds none.
+    """
+    return {name: value.detach() for name, value in module.named_buffers()}
+
+
+def load_state(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Copy `values` into the module's state, as `load_parameters` does into its parameters.
+
+    Args:
+        values: by dotted name, tensors or NumPy arrays in the layout's shapes; empty where the module has no state.
+
+    Raises:
+        CheckpointError: names are missing or unexpected; lists all of them.
+        ShapeError: a tensor does not have the layout's shape.
+    """
+    _load(state(module), values, f"state tensors of {type(module).__name__}")
+
+
+@torch.no_grad()
+def _load(own: Mapping[str, Tensor], values: Mapping[str, Any], what: str) -> None:
     missing, unexpected = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
     if missing or unexpected:
         found = f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}"
-        raise CheckpointError(f"the {len(own)} parameters of {type(module).__name__}", found, "pass exactly these")
+        raise CheckpointError(f"the {len(own)} {what}", found, "pass exactly these")
     for name, value in values.items():
         checks.parameter(name, value, tuple(own[name].shape))
     for name, value in values.items():

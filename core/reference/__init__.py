@@ -21,6 +21,7 @@ from moebius.core.reference.route import (
     expert_load,
     route,
     route_vjp,
+    score,
     updated_correction_bias,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "quiet",
     "route",
     "route_vjp",
+    "score",
     "shared_experts",
     "shared_experts_vjp",
     "unpermute",

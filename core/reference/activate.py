@@ -39,28 +39,28 @@ def activate_vjp(
     """(dhidden_RU, drow_weights_R)."""
     weights_R1 = np.ones((len(hidden_RU), 1)) if row_weights_R is None else row_weights_R[:, None]
     drow_weights_R = arithmetic.sum(dact_RI * _act(hidden_RU, activation, arithmetic), axis=-1)
-    gate_RI, up_RI = _halves(hidden_RU, activation)
-    low_RI, inside_RI, up_inside_RI = _clamped(gate_RI, up_RI, activation)
-    dgate_RI = _slope(low_RI, activation) * inside_RI
+    gate_RI, up_RI = halves(hidden_RU, activation)
+    low_RI, inside_RI, up_inside_RI = clamped(gate_RI, up_RI, activation)
+    dgate_RI = slope(low_RI, activation) * inside_RI
     if not activation.gated:
         return arithmetic.store(arithmetic.curve(dact_RI * weights_R1 * dgate_RI)), drow_weights_R
     assert up_RI is not None
-    factor_RI = _bounded(up_RI, activation) + activation.up_offset
+    factor_RI = bounded(up_RI, activation) + activation.up_offset
     dgate_RI = arithmetic.curve(dact_RI * weights_R1 * dgate_RI * factor_RI)
-    dup_RI = arithmetic.curve(dact_RI * weights_R1 * _curve(low_RI, activation) * up_inside_RI)
-    return arithmetic.store(_joined(dgate_RI, dup_RI, activation)), drow_weights_R
+    dup_RI = arithmetic.curve(dact_RI * weights_R1 * curve(low_RI, activation) * up_inside_RI)
+    return arithmetic.store(joined(dgate_RI, dup_RI, activation)), drow_weights_R
 
 
 def _act(hidden_RU: Float[np.ndarray, "R U"], activation: Activation, arithmetic: Arithmetic) -> np.ndarray:
-    gate_RI, up_RI = _halves(hidden_RU, activation)
-    low_RI, _, _ = _clamped(gate_RI, up_RI, activation)
-    act_RI = arithmetic.curve(_curve(low_RI, activation))
+    gate_RI, up_RI = halves(hidden_RU, activation)
+    low_RI, _, _ = clamped(gate_RI, up_RI, activation)
+    act_RI = arithmetic.curve(curve(low_RI, activation))
     if up_RI is not None:
-        act_RI = arithmetic.curve(act_RI * (_bounded(up_RI, activation) + activation.up_offset))
+        act_RI = arithmetic.curve(act_RI * (bounded(up_RI, activation) + activation.up_offset))
     return act_RI
 
 
-def _halves(hidden_RU: Float[np.ndarray, "R U"], activation: Activation) -> tuple[np.ndarray, np.ndarray | None]:
+def halves(hidden_RU: Float[np.ndarray, "R U"], activation: Activation) -> tuple[np.ndarray, np.ndarray | None]:
     if not activation.gated:
         return hidden_RU, None
     if activation.interleaved:
@@ -69,13 +69,13 @@ def _halves(hidden_RU: Float[np.ndarray, "R U"], activation: Activation) -> tupl
     return hidden_RU[:, :half], hidden_RU[:, half:]
 
 
-def _joined(gate_RI: Float[np.ndarray, "R I"], up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
+def joined(gate_RI: Float[np.ndarray, "R I"], up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     if activation.interleaved:
         return np.stack([gate_RI, up_RI], axis=-1).reshape(len(gate_RI), -1)
     return np.concatenate([gate_RI, up_RI], axis=-1)
 
 
-def _clamped(
+def clamped(
     gate_RI: Float[np.ndarray, "R I"], up_RI: Float[np.ndarray, "R I"] | None, activation: Activation
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(gate below the limit, where gate passes, where up passes); a value at the limit passes."""
@@ -85,22 +85,22 @@ def _clamped(
     return np.minimum(gate_RI, activation.limit), gate_RI <= activation.limit, inside
 
 
-def _bounded(up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
+def bounded(up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     return up_RI if activation.limit is None else np.clip(up_RI, -activation.limit, activation.limit)
 
 
-def _curve(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
+def curve(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     if activation.curve == "silu":
-        return gate_RI * _sigmoid(activation.alpha * gate_RI)
+        return gate_RI * sigmoid(activation.alpha * gate_RI)
     if activation.curve == "gelu_tanh":
         return 0.5 * gate_RI * (1.0 + np.tanh(_GELU_SCALE * (gate_RI + _GELU_CUBIC * gate_RI**3)))
     return np.maximum(gate_RI, 0.0) ** 2
 
 
-def _slope(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
-    """Derivative of `_curve`."""
+def slope(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
+    """Derivative of `curve`."""
     if activation.curve == "silu":
-        s = _sigmoid(activation.alpha * gate_RI)
+        s = sigmoid(activation.alpha * gate_RI)
         return s * (1.0 + activation.alpha * gate_RI * (1.0 - s))
     if activation.curve == "gelu_tanh":
         t = np.tanh(_GELU_SCALE * (gate_RI + _GELU_CUBIC * gate_RI**3))
@@ -109,5 +109,7 @@ def _slope(gate_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndar
     return 2.0 * np.maximum(gate_RI, 0.0)
 
 
-def _sigmoid(value: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * value))
+def sigmoid(value: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-value)), by the exponential that cannot overflow: with tanh the left tail would cancel."""
+    small = np.exp(-np.abs(value))
+    return np.where(value >= 0, 1.0, small) / (1.0 + small)

@@ -12,7 +12,7 @@ from moebius.core import activations
 from moebius.core.activations import Activation
 from moebius.core.config import MoEConfig
 from moebius.core.precision import EXACT, Arithmetic
-from moebius.core.reference.activate import activate, activate_vjp
+from moebius.core.reference.activate import activate, activate_vjp, sigmoid
 from moebius.core.reference.experts import ExpertsTrace, experts, experts_vjp
 from moebius.core.reference.matmul import linear, linear_vjp
 from moebius.core.reference.route import Routing, aux_loss, aux_loss_vjp, expert_load, route, route_vjp
@@ -100,7 +100,7 @@ def shared_experts(
     del hidden_TU, act_TI
     if not config.shared_expert_gate:
         return out_TD
-    opening_T1 = _sigmoid(linear(x_TD, parameters["shared_expert_gate.weight"], arithmetic=arithmetic))
+    opening_T1 = sigmoid(linear(x_TD, parameters["shared_expert_gate.weight"], arithmetic=arithmetic))
     return arithmetic.store(arithmetic.curve(out_TD * opening_T1))
 
 
@@ -116,7 +116,7 @@ def shared_experts_vjp(
     grads: dict[str, np.ndarray] = {}
     dx_TD = np.zeros_like(x_TD)
     if config.shared_expert_gate:
-        opening_T1 = _sigmoid(linear(x_TD, parameters["shared_expert_gate.weight"], arithmetic=arithmetic))
+        opening_T1 = sigmoid(linear(x_TD, parameters["shared_expert_gate.weight"], arithmetic=arithmetic))
         dopening_T1 = arithmetic.sum(dout_TD * out_TD, axis=-1, keepdims=True) * opening_T1 * (1.0 - opening_T1)
         name = "shared_expert_gate.weight"
         dx_TD, grads[name], _ = linear_vjp(x_TD, parameters[name], arithmetic.store(dopening_T1), arithmetic)
@@ -268,7 +268,3 @@ def _project_vjp(
 def _part(parameters: Arrays, prefix: str) -> dict[str, np.ndarray]:
     cut = len(prefix) + 1
     return {name[cut:]: value for name, value in parameters.items() if name.startswith(prefix + ".")}
-
-
-def _sigmoid(value: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * value))

@@ -9,6 +9,7 @@ import numpy as np
 
 from moebius.core.config import MoEConfig
 from moebius.core.precision import EXACT, Arithmetic
+from moebius.core.reference.activate import sigmoid
 from moebius.core.routing import NORM_EPSILON, RoutingRule
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def route(
         ids_TK: forced experts; the weights are still taken from the live scores. None to choose.
     """
     rule = config.routing_rule
-    score_TE = _score(logits_TE, rule, arithmetic)
+    score_TE = score(logits_TE, rule, arithmetic)
     if ids_TK is None:
         ids_TK = _top_k(_choice(logits_TE, score_TE, config, correction_bias_E), config.n_activated_experts)
     chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E, arithmetic)
@@ -67,7 +68,7 @@ def route_vjp(
 ) -> np.ndarray:
     """Gradient of the logits; the choice itself (ids_TK) has none."""
     rule = config.routing_rule
-    score_TE = _score(logits_TE, rule, arithmetic)
+    score_TE = score(logits_TE, rule, arithmetic)
     chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E, arithmetic)
     dchosen_TK = dweights_TK * config.route_scale
     dscores_TE = np.zeros_like(logits_TE) if dscores_TE is None else dscores_TE
@@ -135,11 +136,12 @@ def updated_correction_bias(
     return bias_E + factor * np.sign(load_E.mean() - load_E)
 
 
-def _score(logits_TE: Float[np.ndarray, "T E"], rule: RoutingRule, arithmetic: Arithmetic) -> np.ndarray:
+def score(logits_TE: Float[np.ndarray, "T E"], rule: RoutingRule, arithmetic: Arithmetic = EXACT) -> np.ndarray:
+    """[T, E]: every expert's score, neither biased nor normalised."""
     if rule.score == "softmax":
         return _softmax(logits_TE, arithmetic)
     if rule.score == "sigmoid":
-        return arithmetic.curve(_sigmoid(logits_TE))
+        return arithmetic.curve(sigmoid(logits_TE))
     return arithmetic.curve(np.sqrt(np.logaddexp(0.0, logits_TE)))
 
 
@@ -154,7 +156,7 @@ def _score_vjp(
         return _softmax_vjp(score_TE, dscore_TE, arithmetic)
     if rule.score == "sigmoid":
         return dscore_TE * score_TE * (1.0 - score_TE)
-    return dscore_TE * _sigmoid(logits_TE) / (2.0 * score_TE)
+    return dscore_TE * sigmoid(logits_TE) / (2.0 * score_TE)
 
 
 def _choice(
@@ -167,14 +169,15 @@ def _choice(
     rule = config.routing_rule
     bias_E = correction_bias_E if rule.uses_bias else None
     grouped = rule.group_fill is not None and config.n_expert_groups > 1
-    if bias_E is None and not grouped:
-        return logits_TE
-    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    if bias_E is not None:
+        choice_TE = score_TE + bias_E
+    else:
+        choice_TE = score_TE if grouped and rule.group_score != "max" else logits_TE
     if rule.group_fill is None or not grouped:
         return choice_TE
     n_tokens, groups = len(choice_TE), config.n_expert_groups
     choice_TGM = choice_TE.reshape(n_tokens, groups, -1)
-    best = 1 if rule.group_score == "max_unless_bias" and bias_E is None else 2
+    best = {"top2": 2, "max": 1, "max_unless_bias": 1 if bias_E is None else 2}[rule.group_score]
     group_TG = np.sort(choice_TGM, axis=-1)[..., -best:].sum(-1)
     kept_TL = _top_k(group_TG, config.n_limited_groups)
     kept_TG = np.zeros((n_tokens, groups), bool)
@@ -221,7 +224,3 @@ def _softmax(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
 
 def _softmax_vjp(softmax: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
     return softmax * (grad - arithmetic.sum(grad * softmax, axis=-1, keepdims=True))
-
-
-def _sigmoid(value: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * value))

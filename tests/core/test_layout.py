@@ -101,3 +101,10 @@ def test_moe_without_shared_experts_has_no_gate_on_them():
 def test_parameter_axes_name_every_size():
     for row in layout.moe(config(n_shared_experts=1, shared_expert_gate=True, moe_latent_size=3, expert_bias=True)):
         assert len(row.axes) == len(row.shape)
+
+
+def test_state_is_the_correction_bias_in_float32_where_the_config_holds_one():
+    (row,) = layout.state(config(score_func="sigmoid", force_e_score_correction_bias=True, gate_dtype="float16"))
+    assert (row.name, row.axes, row.shape) == ("gate.e_score_correction_bias", ("E",), (4,))
+    assert (row.dtype, row.zeros) == ("float32", True)
+    assert layout.state(config(score_func="sigmoid")) == ()

@@ -37,7 +37,14 @@ def test_routing_rule_has_its_name_and_a_source_and_is_frozen(rule):
 
 
 def test_score_functions_of_a_config_are_the_documented_ones():
-    assert SCORE_FUNCTIONS == ("softmax", "softmax_with_bias", "sqrtsoftplus", "sigmoid_with_bias", "sigmoid")
+    assert SCORE_FUNCTIONS == (
+        "softmax",
+        "softmax_with_bias",
+        "softmax_with_groups",
+        "sqrtsoftplus",
+        "sigmoid_with_bias",
+        "sigmoid",
+    )
 
 
 @pytest.mark.parametrize("name", SCORE_FUNCTIONS)
@@ -80,7 +87,7 @@ def test_route_of_nan_ranks_it_last_and_infinities_where_they_belong():
     assert chosen(logits, config())[0][0] == 2
 
 
-@pytest.mark.parametrize("name", [n for n in SCORE_FUNCTIONS if n != "softmax"])
+@pytest.mark.parametrize("name", [n for n in SCORE_FUNCTIONS if ROUTING_RULES[n].uses_bias])
 def test_route_with_a_correction_bias_chooses_by_it_and_weights_without_it(name):
     logits, bias = np.array([[3.0, 2.0, 1.0, 0.0]]), np.array([0.0, 0.0, 0.0, 10.0])
     biased = reference.route(logits, config(name), correction_bias_E=bias)
@@ -111,6 +118,34 @@ UNEVEN = [[4.0, -4.0, -4.0, 3.0, 2.9, -4.0]]
 def test_route_by_groups_takes_the_group_with_the_best_two(name):
     logits = [[1.0, -4.0, -4.0, 0.9, 0.8, -4.0]]
     assert chosen(logits, config(name, **GROUPS)) == [[3, 4]]
+
+
+def test_route_by_groups_of_softmax_with_groups_takes_the_group_with_the_best_one():
+    """And stays in it, whatever a correction bias says and though the other group's two are better than its second."""
+    made = config("softmax_with_groups", **GROUPS)
+    assert chosen(UNEVEN, made) == chosen(UNEVEN, made, np.array([-9.0, 0.0, 0.0, 9.0, 9.0, 9.0])) == [[0, 1]]
+    assert chosen([[1.0, -4.0, -4.0, 0.9, 0.8, -4.0]], made) == [[0, 1]]
+
+
+def test_route_by_groups_of_softmax_with_groups_chooses_by_logits_where_scores_underflow():
+    """All scores but one are 0 here: a fill of 0 would tie with them and let the excluded group in."""
+    logits = [[-3000.0, 0.0, -900.0, -800.0, -1000.0, -2000.0]]
+    routing = reference.route(np.array(logits), config("softmax_with_groups", k=3, **GROUPS))
+    assert routing.ids_TK.tolist() == [[1, 2, 0]] and routing.weights_TK.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_route_of_softmax_with_groups_weighs_as_softmax_before_topk():
+    logits, made = np.random.default_rng(0).normal(size=(50, 6)), config("softmax_with_groups", **GROUPS)
+    grouped = reference.route(logits, made)
+    plain = config("softmax", softmax_before_topk=True, experts=6)
+    np.testing.assert_array_equal(grouped.weights_TK, reference.route(logits, plain, ids_TK=grouped.ids_TK).weights_TK)
+    assert (grouped.ids_TK // 3 == logits.argmax(-1)[:, None] // 3).all()
+
+
+def test_route_of_softmax_with_groups_without_groups_is_softmax_before_topk():
+    logits = np.random.default_rng(1).normal(size=(20, 6))
+    plain, made = config("softmax", softmax_before_topk=True, experts=6), config("softmax_with_groups", experts=6)
+    np.testing.assert_array_equal(reference.route(logits, made).ids_TK, reference.route(logits, plain).ids_TK)
 
 
 def test_route_by_groups_of_sigmoid_takes_the_best_one_without_a_bias_and_the_best_two_with():

@@ -177,6 +177,29 @@ def test_load_parameters_with_wrong_names_writes_nothing(side: Side) -> None:
 
 
 @frontends
+def test_load_state_with_wrong_names_or_shapes_writes_nothing(side: Side) -> None:
+    config = MoEConfig(**CONFIG, score_func="sigmoid", force_e_score_correction_bias=True)
+    layer, name = build(side, "MoE", config), "gate.e_score_correction_bias"
+    assert name not in side.module.parameters(layer)
+    with pytest.raises(CheckpointError, match=rf"missing: {name}; unexpected: none"):
+        side.module.load_state(layer, {})
+    with pytest.raises(ShapeError, match=rf"{name} of shape \[4\]"):
+        side.module.load_state(layer, {name: side.array(np.ones(5), "float32")})
+    assert not side.numpy(side.module.state(layer)[name]).any()
+    side.module.load_state(layer, {name: side.array(np.ones(4), "float32")})
+    assert side.numpy(side.module.state(layer)[name]).all()
+
+
+@frontends
+def test_load_state_of_a_layer_without_any_takes_nothing_else(side: Side) -> None:
+    layer = build(side, "MoE", MoEConfig(**CONFIG))
+    assert side.module.state(layer) == {}
+    side.module.load_state(layer, {})
+    with pytest.raises(CheckpointError, match=r"unexpected: gate\.e_score_correction_bias"):
+        side.module.load_state(layer, {"gate.e_score_correction_bias": side.array(np.ones(4), "float32")})
+
+
+@frontends
 @pytest.mark.parametrize("how", ["config", "environment"])
 def test_full_checks_find_values_that_no_router_gives(side: Side, how: str, monkeypatch) -> None:
     if how == "environment":

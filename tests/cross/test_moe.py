@@ -136,7 +136,7 @@ def test_moe_output_and_gradients_agree_with_reference(side: Side, name: str, dt
 
 def _float64_layer(side: Side, c: Case):
     layer = side.layer(c.config, c.values)
-    side.module.load_parameters(layer, {name: side.array(value, "float64") for name, value in c.values.items()})
+    side.module.load_parameters(layer, {name: side.array(value, "float64") for name, value in c.parameters.items()})
     return layer
 
 

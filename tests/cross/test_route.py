@@ -158,6 +158,15 @@ def test_route_of_a_score_that_underflows_has_a_finite_gradient(side: Side) -> N
     assert np.isfinite(found["dlogits"]).all() and (found["dlogits"][:, [0, 5]] == 0).all()
 
 
+@frontends
+def test_route_of_softmax_with_groups_chooses_by_logits_where_scores_underflow(side: Side) -> None:
+    """All scores but one are 0: by scores the second group would be kept, not the fourth."""
+    logits = np.array([[-3000.0, 0.0, -1000.0, -1000.0, -1000.0, -1000.0, -900.0, -2000.0]])
+    routing = run(side, config("softmax_with_groups", norm=False), logits, None)
+    assert side.numpy(routing.ids_TK).tolist() == [[1, 6, 7]]
+    assert side.numpy(routing.weights_TK).tolist() == [[2.5, 0.0, 0.0]]
+
+
 BAD_LOGITS = {"width": (3, 5), "one_expert": (3, 1), "flat": (8,)}
 
 

@@ -20,6 +20,7 @@ RULES = {
     "sigmoid_biased_weights": {"score_func": "sigmoid", "router_weight_uses_score_correction_bias": True},
     "sigmoid_groups": {"score_func": "sigmoid", "n_expert_groups": 4, "n_limited_groups": 2},
     "sigmoid_with_bias_groups": {"score_func": "sigmoid_with_bias", "n_expert_groups": 2, "n_limited_groups": 1},
+    "softmax_with_groups_groups": {"score_func": "softmax_with_groups", "n_expert_groups": 4, "n_limited_groups": 2},
     "softmax_with_bias_groups": {"score_func": "softmax_with_bias", "n_expert_groups": 4, "n_limited_groups": 3},
 }
 

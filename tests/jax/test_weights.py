@@ -1,4 +1,4 @@
-"""Reading, writing and drawing parameters by name. Wrong names and shapes: tests/cross."""
+"""Reading, writing and drawing parameters and state by name. Wrong names and shapes: tests/cross."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moebius.core import MoEConfig, layout
-from moebius.jax_frontend import MoE, load_parameters, parameters
+from moebius.jax_frontend import MoE, load_parameters, load_state, parameters, state
 from moebius.jax_frontend.weights import draw
 
 FULL = MoEConfig(
@@ -29,7 +29,6 @@ FULL = MoEConfig(
 
 def test_parameters_have_the_names_shapes_and_dtypes_of_the_layout(build):
     found = parameters(build(MoE, FULL))
-    assert found.pop("gate.e_score_correction_bias").dtype == jnp.float32
     wanted = {row.name: (row.shape, row.dtype) for row in layout.moe(FULL)}
     assert {name: (value.shape, str(value.dtype)) for name, value in found.items()} == wanted
 
@@ -41,6 +40,16 @@ def test_load_parameters_casts_to_the_modules_dtypes_and_changes_the_output(buil
     for name, value in parameters(layer).items():
         np.testing.assert_array_equal(value, jnp.asarray(values[name], value.dtype), err_msg=name)
         assert value.dtype == (jnp.float32 if name.startswith("gate.") else jnp.bfloat16)
+
+
+def test_load_state_changes_the_correction_bias_alone_and_keeps_it_in_float32(build):
+    layer = build(MoE, FULL)
+    before, (row,) = parameters(layer), layout.state(FULL)
+    load_state(layer, {row.name: np.arange(4.0)})
+    assert {name: (v.shape, str(v.dtype)) for name, v in state(layer).items()} == {row.name: (row.shape, row.dtype)}
+    np.testing.assert_array_equal(layer.gate.e_score_correction_bias[...], np.arange(4.0))
+    for name, value in parameters(layer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
 
 
 def test_load_parameters_keeps_a_parameter_on_the_devices_it_was_placed_on(build):

@@ -94,7 +94,7 @@ class Side:
             return (_torch_experts if self.framework == "torch" else _jax_experts)(self, p)
 
     def layer(self, config: MoEConfig, values: Mapping[str, np.ndarray], **backend: Any) -> Any:
-        """An MoE of this frontend that holds `values`, in the dtypes of its own parameters."""
+        """An MoE of this frontend that holds `values`, parameters and state, in the dtypes of its own."""
         backend_config = BackendConfig(experts=self.backend, **backend)
         if self.framework == "torch":
             layer = self.module.MoE(config, backend_config, device=self.device)
@@ -102,7 +102,10 @@ class Side:
             from flax import nnx
 
             layer = self.module.MoE(config, backend_config, rngs=nnx.Rngs(0))
-        self.module.load_parameters(layer, {name: self.array(value, "float32") for name, value in values.items()})
+        arrays = {name: self.array(value, "float32") for name, value in values.items()}
+        state = {name: arrays.pop(name) for name in self.module.state(layer) if name in arrays}
+        self.module.load_parameters(layer, arrays)
+        self.module.load_state(layer, state)
         return layer
 
     def moe(self, layer: Any, x: np.ndarray, padding: np.ndarray | None, dy: np.ndarray, dtype: str) -> Arrays:
