@@ -26,6 +26,7 @@ from moebius.jax_frontend.matmul import grouped_matmul, linear
 from moebius.jax_frontend.moe import MoE, SharedExperts
 from moebius.jax_frontend.permute import Permuted, PermuteState, permute, unpermute
 from moebius.jax_frontend.route import Routing, aux_loss, expert_load, route, updated_correction_bias
+from moebius.jax_frontend.trace import trace
 from moebius.jax_frontend.weights import load_parameters, load_state, parameters, state
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "permute",
     "route",
     "state",
+    "trace",
     "unpermute",
     "updated_correction_bias",
 ]

@@ -12,6 +12,7 @@ from jax import Array
 from moebius.core import checks, layout
 from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.registry import Problem
+from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.checks import check_arrays, check_devices, check_values
@@ -32,6 +33,7 @@ def experts(
     config: MoEConfig,
     backend: str | None = None,
     dispatcher: Dispatcher | None = None,
+    tap: Tap = untapped,
 ) -> Array:
     """The routed experts' output for each token.
 
@@ -44,6 +46,8 @@ def experts(
         x: [T, D], floating. token_mask: [T] bool, True for a valid token.
         weights: [T, K] floating routing weights, promoted on entry. indices: [T, K] int32 or int64 expert ids.
         config: what to compute. backend: of the grouped matmul, None to choose. dispatcher: None for one rank.
+        tap: called as tap(name, value) at the stages "rows" to "combine" of moebius.core.stages; returns the value
+            to go on with.
     Returns:
         [T, D], dtype of x.
     Raises:
@@ -62,13 +66,14 @@ def experts(
 
     sent, dispatched = dispatcher.dispatch(x, weights, indices, token_mask, config.n_routed_experts)
     rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(sent, p["down_projs"].shape[0])
+    rows_RD = tap("rows", rows_RD)
     before_R, after_R = (None, row_weights_R) if config.apply_router_weight_after_down else (row_weights_R, None)
     hidden_RU = grouped_matmul(rows_RD, p["gate_and_up_projs"], group_sizes_e, backend=backend)
-    hidden_RU = add_bias(hidden_RU, p.get("gate_up_proj_bias"), row_experts_R)
-    act_RI = activate(hidden_RU, before_R, config.activation)
+    hidden_RU = tap("up", add_bias(hidden_RU, p.get("gate_up_proj_bias"), row_experts_R))
+    act_RI = tap("activation", activate(hidden_RU, before_R, config.activation))
     out_RD = grouped_matmul(act_RI, p["down_projs"], group_sizes_e, backend=backend)
-    out_RD = add_bias(out_RD, p.get("down_proj_bias"), row_experts_R, before_R)
-    y_SD = unpermute(out_RD, permuted, after_R)
+    out_RD = tap("down", add_bias(out_RD, p.get("down_proj_bias"), row_experts_R, before_R))
+    y_SD = tap("combine", unpermute(out_RD, permuted, after_R))
     return dispatcher.combine(y_SD, dispatched)
 
 
@@ -91,6 +96,7 @@ class GroupedExperts(nnx.Module):
         gate_and_up_projs [E, D, U], down_projs [E, I, D]: nnx.Param.
         gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
         backend_name: the grouped matmul's backend, chosen at construction.
+        tap: see `experts`; `untapped` by default.
 
     Raises:
         ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
@@ -116,6 +122,7 @@ class GroupedExperts(nnx.Module):
         self.n_routed_experts = self.config.n_routed_experts
         self.expert_bias = self.config.expert_bias
         self.is_gated = self.config.activation.gated
+        self.tap: Tap = untapped
         self.gate_up_proj_bias: nnx.Param[Array] | None = nnx.data(None)
         self.down_proj_bias: nnx.Param[Array] | None = nnx.data(None)
         for row in layout.experts(self.config):
@@ -142,6 +149,7 @@ class GroupedExperts(nnx.Module):
             config=self.config,
             backend=self.backend.experts,
             dispatcher=self.dispatcher,
+            tap=self.tap,
         )
 
     def init_weights(self, init_std: float = 0.02, *, rngs: nnx.Rngs) -> None:

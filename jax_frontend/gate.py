@@ -13,6 +13,7 @@ from jax import Array, lax
 from moebius.core import checks, layout
 from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError, Unsupported
+from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.checks import check_arrays, check_devices
 from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.jax_frontend.matmul import linear
@@ -46,6 +47,7 @@ class Gate(nnx.Module):
         weight [E, dim], bias [E] or None: nnx.Param.
         e_score_correction_bias: CorrectionBias [E], always float32; None where the config holds none.
         track_load: record the load even when neither a loss nor an update needs it.
+        tap: called as tap("logits", value) before routing; returns the value to go on with.
         last_load [E] int32, last_aux_loss: RoutingStatistic of the latest call that recorded, zeros before.
         cumulative_load: RoutingStatistic [E] int32, training load since the latest `update_bias`.
     """
@@ -79,6 +81,7 @@ class Gate(nnx.Module):
             self.e_score_correction_bias = CorrectionBias(jnp.zeros(n, jnp.float32))
         self.deterministic = False
         self.track_load = False
+        self.tap: Tap = untapped
         # Always there, so that the module's structure does not depend on what was called.
         self.last_load = RoutingStatistic(jnp.zeros(n, jnp.int32))
         self.last_aux_loss = RoutingStatistic(jnp.zeros((), jnp.float32))
@@ -99,7 +102,7 @@ class Gate(nnx.Module):
         checks.token_mask(token_mask, x.shape[0])
         check_devices(x=x, token_mask=token_mask, weight=self.weight[...])
         x = quiet(x if self.dtype is None else x.astype(self.dtype), token_mask)
-        logits_TE = linear(x.astype(self.gate_precision or x.dtype), *self._parameters())
+        logits_TE = self.tap("logits", linear(x.astype(self.gate_precision or x.dtype), *self._parameters()))
         correction = self.e_score_correction_bias
         routing = route(logits_TE, self.config, correction_bias_E=None if correction is None else correction[...])
         loss = self._record(routing.ids_TK, routing.scores_TE, token_mask)

@@ -14,6 +14,7 @@ from jax import Array
 from moebius.core import activations, checks, layout
 from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.errors import ShapeError
+from moebius.core.stages import OUTPUT, Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
@@ -121,6 +122,8 @@ class MoE(nnx.Module):
         gate: Gate or FakeBalancedGate. experts: GroupedExperts.
         shared_experts, shared_expert_gate, fc1_latent_proj, fc2_latent_proj: modules, or None where the config
             has none. The load and the auxiliary loss of the latest call: gate.last_load, gate.last_aux_loss.
+        tap: called as tap(name, value) at the stages outside gate and experts, which have their own; returns the
+            value to go on with. `trace.tapped` sets all of them.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class MoE(nnx.Module):
         self.dtype = None if dtype is None else as_dtype(dtype)
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         dense = {**kwargs, "param_dtype": param_dtype or c.dtype}
+        self.tap: Tap = untapped
         self.gate: Gate | FakeBalancedGate
         if b.fake_balanced_gate:
             self.gate = FakeBalancedGate(c, noise=b.fake_gate_noise)
@@ -175,13 +179,15 @@ class MoE(nnx.Module):
         if padding_mask is not None:
             x_TD = quiet(x_TD, token_mask_T)
         weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T)
-        latent_TD = x_TD if self.fc1_latent_proj is None else self.fc1_latent_proj(x_TD)
+        weights_TK, ids_TK = self.tap("weights", weights_TK), self.tap("ids", ids_TK)
+        latent_TD = x_TD if self.fc1_latent_proj is None else self.tap("latent", self.fc1_latent_proj(x_TD))
         y_TD = self.experts(latent_TD, token_mask_T, weights_TK, ids_TK)
         if self.fc2_latent_proj is not None:
             y_TD = self.fc2_latent_proj(y_TD)
         if self.shared_experts is not None:
-            y_TD = y_TD + self._shared(x_TD)
-        return y_TD.reshape(x.shape)
+            y_TD = y_TD + self.tap("shared", self._shared(x_TD))
+        y: Array = self.tap(OUTPUT, y_TD).reshape(x.shape)
+        return y
 
     def _token_mask(self, x: Array, padding_mask: Array | None) -> Array:
         if padding_mask is None:

@@ -26,6 +26,7 @@ from moebius.torch_frontend.matmul import grouped_matmul, linear
 from moebius.torch_frontend.moe import MoE, SharedExperts
 from moebius.torch_frontend.permute import Permuted, PermuteState, permute, unpermute
 from moebius.torch_frontend.route import Routing, aux_loss, expert_load, route, updated_correction_bias
+from moebius.torch_frontend.trace import trace
 from moebius.torch_frontend.weights import load_parameters, load_state, parameters, state
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "permute",
     "route",
     "state",
+    "trace",
     "unpermute",
     "updated_correction_bias",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moebius.core import checks, layout
 from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError, Unsupported
+from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend.checks import check_arrays, check_devices
 from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.torch_frontend.matmul import linear
@@ -33,6 +34,7 @@ class Gate(nn.Module):
         weight [E, dim], bias [E] or None: parameters.
         e_score_correction_bias: [E] float32, whatever the module is cast to; None where the config holds none.
         track_load: record the load even when neither a loss nor an update needs it.
+        tap: called as tap("logits", value) before routing; returns the value to go on with.
         last_load [E] int32, last_aux_loss: of the latest call, None before it or when nothing is recorded.
         cumulative_load [E] int32: since the latest `update_bias`, None before the first training call.
     """
@@ -64,6 +66,7 @@ class Gate(nn.Module):
         correction = torch.zeros(n, dtype=torch.float32, device=device) if self.config.has_correction_bias else None
         self.register_buffer("e_score_correction_bias", correction)
         self.track_load = False
+        self.tap: Tap = untapped
         self.last_load: Tensor | None = None
         self.last_aux_loss: Tensor | None = None
         self.cumulative_load: Tensor | None = None
@@ -87,7 +90,7 @@ class Gate(nn.Module):
         checks.token_mask(token_mask, x.shape[0])
         check_devices(x=x, token_mask=token_mask, weight=self.weight)
         x = quiet(x if self.dtype is None else x.to(self.dtype), token_mask)
-        logits_TE = linear(x.to(self.gate_precision or x.dtype), self.weight, self.bias)
+        logits_TE = self.tap("logits", linear(x.to(self.gate_precision or x.dtype), self.weight, self.bias))
         routing = route(logits_TE, self.config, correction_bias_E=self.e_score_correction_bias)
         loss = self._record(routing.ids_TK, routing.scores_TE, token_mask)
         weights_TK = routing.weights_TK
