@@ -8,22 +8,30 @@ from importlib.util import find_spec
 
 _NEEDS = ("typer", "rich", "torch", "jax", "flax", "transformers", "safetensors")
 _HELP = """usage: moebius compare CHECKPOINT [options]
+       moebius doctor [options]
 
-Runs one MoE block of a checkpoint through PyTorch, Flax and a float64 reference, and says where they differ.
+compare  runs one MoE block of a checkpoint through PyTorch, Flax and a float64 reference, and says where they differ.
+doctor   says what is installed and works here, what does not and why, and what would spoil a comparison.
 
   moebius compare --help   all options
+  moebius doctor --help    all options
   moebius --version        the version
 """
 
 
 def main() -> int:
-    """Run the command line; returns the exit code: 0 inside the bounds, 1 outside, 2 bad input."""
+    """Run the command line; returns the exit code: 0 all is well, 1 it is not, 2 bad input."""
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         from moebius import __version__
 
         print(f"moebius {__version__}")
         return 0
+    if arguments[:1] == ["doctor"]:
+        # Before anything is asked for: it has to answer where the rest is missing or broken.
+        from moebius.compare.doctor.command import main as doctor
+
+        return doctor(arguments[1:])
     missing = [package for package in _NEEDS if find_spec(package) is None]
     if missing:
         if arguments in ([], ["--help"]):

@@ -1,0 +1,108 @@
+"""What a frontend's registries say, as plain data: runs in the probe that has imported the frontend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moebius.core.registry import Backend, Problem, Registry
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+# Qwen3-30B-A3B's experts: a size that people run.
+_USUAL = Problem(device="cpu", dtype="float32", dim=2048, inter_dim=768, n_experts=128)
+# One thing at a time that a kernel may not take. 4096 experts: past the 1024 of torch's grouped_mm.
+_UNUSUAL: tuple[dict[str, Any], ...] = ({"dim": 7, "inter_dim": 5}, {"n_experts": 4096}, {"ranks": 8})
+_CAPABILITIES = ((9, 0), (8, 0), (10, 0))
+
+
+def states(registries: Sequence[Registry], capability: tuple[int, int] | None) -> list[dict[str, Any]]:
+    """Every backend, and what `Registry.explain` says of it for the usual problem.
+
+    Args:
+        registries: of one frontend. capability: of its GPU; None where it has none.
+    Returns:
+        records with operation, name, needs, missing, unbuilt, and states: "device dtype" -> words.
+    """
+    kinds = [("cpu", None)] + ([("cuda", capability)] if capability else [])
+    problems = {
+        f"{device} {dtype}": replace(_USUAL, device=device, dtype=dtype, capability=cap)
+        for device, cap in kinds
+        for dtype in DTYPES
+    }
+    found = []
+    for registry in registries:
+        explained = {key: dict(registry.explain(problem)) for key, problem in problems.items()}
+        for backend in _backends(registry):
+            found.append(
+                {
+                    **_record(registry, backend),
+                    "missing": backend.missing(),
+                    "states": {key: of_all[backend.name] for key, of_all in explained.items()},
+                }
+            )
+    return found
+
+
+def support(registries: Sequence[Registry]) -> list[dict[str, Any]]:
+    """Every backend and what its `supports` says over a grid of problems; the same on every machine.
+
+    Returns:
+        records with operation, name, needs, unbuilt, note, and for each device the dtypes that it serves, those for
+        which None takes it where every package is installed (a usual size), and its reasons against the rest.
+    """
+    found = []
+    for registry in registries:
+        for backend in _backends(registry):
+            devices = {device: _served(registry, backend, device) for device in DEVICES}
+            found.append({**_record(registry, backend), "note": backend.note, "devices": devices})
+    return found
+
+
+def load(registries: Sequence[Registry], operation: str, name: str) -> bool:
+    """Load a backend as its first use would; True, or whatever that raises."""
+    (registry,) = (registry for registry in registries if registry.operation == operation)
+    return registry.implementation(registry[name]) is not None
+
+
+def _served(registry: Registry, backend: Backend, device: str) -> dict[str, list[str]]:
+    served: dict[str, list[str]] = {"dtypes": [], "default": [], "limits": []}
+    for usual in _usual(device):
+        if _default(registry, usual) == backend.name:
+            _once(served["default"], usual.dtype)
+        for problem in (usual, *(replace(usual, **change) for change in _UNUSUAL)):
+            reason = backend.supports(problem)
+            _once(*((served["dtypes"], problem.dtype) if reason is None else (served["limits"], reason)))
+    return served
+
+
+def _usual(device: str) -> Iterator[Problem]:
+    for dtype in DTYPES:
+        for capability in _CAPABILITIES if device == "cuda" else (None,):
+            yield replace(_USUAL, device=device, dtype=dtype, capability=capability)
+
+
+def _default(registry: Registry, problem: Problem) -> str | None:
+    for backend in _backends(registry):
+        if not backend.only_when_named and backend.supports(problem) is None:
+            return backend.name
+    return None
+
+
+def _backends(registry: Registry) -> list[Backend]:
+    return [registry[name] for name, _ in registry.explain(_USUAL)]
+
+
+def _record(registry: Registry, backend: Backend) -> dict[str, Any]:
+    return {
+        "operation": registry.operation,
+        "name": backend.name,
+        "needs": list(backend.needs),
+        "unbuilt": backend.name not in registry.names,
+    }
+
+
+def _once(values: list[str], value: str) -> None:
+    if value not in values:
+        values.append(value)
