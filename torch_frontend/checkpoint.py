@@ -36,7 +36,7 @@ def load_moe(
         BackendUnavailable: safetensors is not installed.
     """
     plan = checkpoint.plan(read_folder(folder), layer, dtype=dtype, recipe=recipe)
-    module = MoE(plan.config, backend, device="cpu")
+    module = MoE(plan.config, backend, device="meta").to_empty(device="cpu")  # nothing is drawn to be overwritten
     checkpoint.fill(plan, {**parameters(module), **state(module)}, _opened)
     return module
 
