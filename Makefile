@@ -8,7 +8,7 @@ SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile
 title = @printf '\n== %s\n' "$(1)"
 
 .NOTPARALLEL:
-.PHONY: help venv demo test lint test-core test-torch test-jax test-both test-docs vectors bench clean
+.PHONY: help venv demo test lint test-core test-torch test-jax test-both test-docs vectors notebooks bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -16,8 +16,8 @@ help: ## this list
 venv: ## make or update .venv; at once where nothing changed
 	@.ci/venv
 
-demo: venv ## the two frontends side by side, against the float64 reference
-	@$(PY) -m moebius.compare.demo
+demo: venv ## three checkpoints compared, a seeded fault found; figure and page in demo_out
+	@$(PY) -m moebius.compare.demo --folder demo_out
 
 test: lint test-core test-torch test-jax test-both test-docs ## lint and every test stage, in the order below; the first failure stops
 	@printf '\nall stages passed\n'
@@ -55,6 +55,9 @@ test-docs: venv ## the examples in docstrings
 
 vectors: venv ## write the golden vectors again
 	@$(PY) -m moebius.core.vectors --write
+
+notebooks: venv ## run the notebooks and write them back with their outputs
+	@$(PY) notebooks/execute.py
 
 bench: venv ## the benchmarks
 	@$(PY) -m benchmarks

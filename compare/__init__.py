@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moebius.compare.bridge import to_jax, to_torch
-    from moebius.compare.numerics import Report, report
+    from moebius.compare.numerics import report
+    from moebius.compare.result import Report
+    from moebius.compare.sides.callable_side import InJax
 
-__all__ = ["Report", "report", "to_jax", "to_torch"]
+__all__ = ["InJax", "Report", "report", "to_jax", "to_torch"]
 
-_HOMES = {"Report": "numerics", "report": "numerics", "to_jax": "bridge", "to_torch": "bridge"}
+_HOMES = {
+    "InJax": "sides.callable_side",
+    "Report": "result",
+    "report": "numerics",
+    "to_jax": "bridge",
+    "to_torch": "bridge",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m moebius.compare.demo`: two small checkpoints, written by transformers, compared on our documents.
+"""`python -m moebius.compare.demo`: three small checkpoints, written by transformers, compared on our documents.
 
 The models are drawn, not trained. A freshly drawn GPT-OSS would prove little: its biases are zero and nothing reaches
 the clamp, so the biases are drawn too and the first projection is scaled until a share of its results clamps.
@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moebius.compare import text as texts
+from moebius.core.config import MoEConfig
 from moebius.core.errors import MoEError
+
+if TYPE_CHECKING:
+    from moebius.compare.result import Report
 
 # Of the pre-activations, over both layers: inside the 1 to 10 % at which a clamp matters and does not rule.
 CLAMPED = 0.04
@@ -42,6 +47,38 @@ def write_qwen3_moe(folder: Any, seed: int = 0) -> Path:
         **_COMMON, intermediate_size=96, moe_intermediate_size=96, num_experts=16, norm_topk_prob=True
     )
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return Path(folder)
+
+
+def write_deepseek_v3(folder: Any, seed: int = 0) -> Path:
+    """A DeepSeek-V3 of four layers, the first dense, 16 experts in 4 groups, a shared one; returns the folder."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = DeepseekV3Config(
+        **{k: v for k, v in _COMMON.items() if k != "head_dim"} | {"num_hidden_layers": 4, "num_key_value_heads": 4},
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+        q_lora_rank=None,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                value.normal_(0.0, 0.05)
+    model.save_pretrained(folder)
     return Path(folder)
 
 
@@ -90,35 +127,83 @@ def _scale_until_clamped(model: Any, experts: Any, ids: Any) -> float:
     return float((beyond * scale > experts.limit).double().mean())
 
 
+def faulty(config: MoEConfig) -> Callable[..., dict[str, Any]]:
+    """A layer as a side, in plain steps, with one fault: it clamps the gate from below as well as from above."""
+    import torch
+
+    from moebius import torch_frontend as moebius
+    from moebius.torch_frontend.dispatch import Sent
+
+    def layer(x: Any, w: Any) -> dict[str, Any]:
+        logits = torch.nn.functional.linear(x, w["gate.weight"], w["gate.bias"])
+        routing = moebius.route(logits, config)
+        weights = routing.weights_TK.to(x.dtype)
+        sent = Sent(x, weights.float(), routing.ids_TK)
+        rows, row_weights, sizes, experts, state = moebius.permute(sent, config.n_routed_experts)
+        up = moebius.grouped_matmul(rows, w["experts.gate_and_up_projs"], sizes)
+        up = moebius.add_bias(up, w["experts.gate_up_proj_bias"], experts)
+        gate, other = up.unflatten(-1, (-1, 2)).unbind(-1)
+        both = torch.stack([gate.clamp(min=-config.activation_limit), other], dim=-1).flatten(-2)  # the fault
+        act = moebius.activate(both, row_weights, config.activation)
+        out = moebius.grouped_matmul(act, w["experts.down_projs"], sizes)
+        out = moebius.add_bias(out, w["experts.down_proj_bias"], experts, row_weights)
+        y = moebius.unpermute(out, state)
+        stages = {"logits": logits, "weights": weights, "ids": routing.ids_TK, "rows": rows}
+        return stages | {"up": up, "activation": act, "down": out, "output": y}
+
+    return layer
+
+
 def demo(folder: Any) -> bool:
-    """Write both checkpoints into `folder`, compare them, print the tables; returns whether both passed."""
+    """Write the checkpoints into `folder`, compare them, print the tables; returns whether all went as it should."""
     from rich.console import Console
 
+    from moebius.compare.files import write_whole
     from moebius.compare.hidden import quiet
     from moebius.compare.numerics import report
+    from moebius.compare.plot import save
+    from moebius.compare.table import worst_table
 
+    folder, color = Path(folder), sys.stdout.isatty()
+    folder.mkdir(parents=True, exist_ok=True)
     text, _ = texts.own()
-    passed, console = [], Console(stderr=True)
-    with console.status("writing two checkpoints") as spinner:
+    with Console(stderr=True).status("writing three checkpoints") as spinner:
         with quiet():
-            checkpoints = [write_qwen3_moe(Path(folder) / "qwen3_moe")]
-            path, shares = write_gpt_oss(Path(folder) / "gpt_oss", text)
-        checkpoints.append(path)
-        for checkpoint in checkpoints:
-            found = report(checkpoint, tokens=_TOKENS, say=spinner.update)
+            qwen = write_qwen3_moe(folder / "qwen3_moe")
+            deepseek = write_deepseek_v3(folder / "deepseek_v3")
+            gpt_oss, shares = write_gpt_oss(folder / "gpt_oss", text)
+        passed = []
+
+        def show(title: str, found: Report) -> Report:
             passed.append(found.passed)
-            print(found.table(color=sys.stdout.isatty()), end="\n\n", flush=True)
-    print(f"gpt_oss was scaled to clamp: {', '.join(f'{share:.1%} in layer {i}' for i, share in enumerate(shares))}")
-    print(f"{sum(passed)} of {len(passed)} checkpoints inside the bounds")
-    return all(passed)
+            print(f"== {title}\n\n{found.table(color=color)}\n", flush=True)
+            return found
+
+        common: dict[str, Any] = {"tokens": _TOKENS, "say": spinner.update}
+        show("Qwen3-MoE in float32: transformers' block counts too", report(qwen, **common))
+        found = show("GPT-OSS in bfloat16", report(gpt_oss, dtype="bfloat16", **common))
+        print(f"It was scaled to clamp: {', '.join(f'{s:.1%} in layer {i}' for i, s in enumerate(shares))}.\n")
+        spinner.update("drawing the figure")
+        save(found, folder / "gpt_oss.png")
+        write_whole(folder / "gpt_oss.html", found.html())
+        show("DeepSeek-V3 in float32: every MoE layer", report(deepseek, layer="all", **common))
+        side = {"faulty": faulty(found.config), "flax": "flax"}
+        seeded = report(gpt_oss, dtype="bfloat16", sides=side, **common)
+    print("== A fault, seeded: the gate clamped from below too. First found, and farthest off at that step:\n")
+    print(f"{seeded.faults[0] if seeded.faults else 'nothing found'}\n")
+    print(worst_table(seeded.worst(5, row="activation", column="faulty", step=True), color=color), end="\n\n")
+    caught = not seeded.passed and seeded.faults[0].startswith("activation, faulty")
+    print(f"figure and page: {folder / 'gpt_oss.png'}, {folder / 'gpt_oss.html'}")
+    print(f"{sum(passed)} of {len(passed)} checkpoints pass; the seeded fault is {'found' if caught else 'NOT found'}")
+    return all(passed) and caught
 
 
 def main() -> int:
-    """Parse --folder and run; returns the exit code: 0 inside the bounds, 1 outside, 2 bad input."""
+    """Parse --folder and run; returns the exit code: 0 all as it should be, 1 it is not, 2 bad input."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m moebius.compare.demo", description=__doc__)
-    parser.add_argument("--folder", type=Path, help="keep the checkpoints here; a temporary folder if left out")
+    parser.add_argument("--folder", type=Path, help="keep checkpoints, figure and page here; else a temporary folder")
     arguments = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -6,7 +6,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-_NEEDS = ("typer", "rich", "torch", "jax", "flax", "transformers", "safetensors")
+_NEEDS = ("typer", "rich", "torch", "jax", "flax", "transformers", "safetensors", "threadpoolctl")
 _HELP = """usage: moebius compare CHECKPOINT [options]
        moebius doctor [options]
 

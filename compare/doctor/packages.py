@@ -51,7 +51,8 @@ PACKAGES = (
     Package(name="transformers", extra="compare", use="moebius compare", at_least="5.17"),
     Package(name="typer", extra="compare", use="moebius compare", at_least="0.15"),
     Package(name="rich", extra="compare", use="moebius compare, tables", at_least="13"),
-    Package(name="matplotlib", extra="notebooks", use="the notebooks", at_least="3.9"),
+    Package(name="matplotlib", extra="compare", use="moebius compare, figures", at_least="3.9"),
+    Package(name="threadpoolctl", extra="compare", use="moebius compare", at_least="3.5"),
 )
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # (frontend, package that a backend needs) -> the extra that brings it.
