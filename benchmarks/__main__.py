@@ -1,6 +1,7 @@
 """`python -m benchmarks`: the benchmarks that run on this machine's CPU, as tables of ratios.
 
 Compared in one process and one run: the runs of all candidates are interleaved, and the figure is the median.
+`calibration` and `compare` measure the numerics report itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from benchmarks.harness import heading, two_threads
 
 two_threads()  # before the frameworks start theirs
 
-from benchmarks import cpu_experts, cpu_matmul  # noqa: E402
+from benchmarks import calibration, cpu_compare, cpu_experts, cpu_matmul  # noqa: E402
 
-SUITES = {"matmul": cpu_matmul.main, "experts": cpu_experts.main}
+SUITES = {
+    "matmul": cpu_matmul.main,
+    "experts": cpu_experts.main,
+    "calibration": calibration.main,
+    "compare": cpu_compare.main,
+}
 
 
 def main() -> None:
