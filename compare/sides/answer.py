@@ -127,7 +127,7 @@ class Desk:
         for name in ("weights", GRADIENT + "weights"):
             held = tensors.get(name)
             if isinstance(held, np.ndarray) and held.shape == ids_TK.shape:
-                pass
+                tensors[name] = np.take_along_axis(held, order_TK, axis=-1)
         return Answer(ids_TK=np.take_along_axis(ids_TK, order_TK, axis=-1), tensors=tensors, **about)
 
 
