@@ -12,7 +12,7 @@ from jax import Array
 
 from moebius.core import checks
 from moebius.core.activations import Activation
-from moebius.jax_frontend.dtypes import accumulate_dtype
+from moebius.jax_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -43,7 +43,7 @@ def activate(hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] |
 def _activate(
     hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] | None, activation: Activation
 ) -> Array:
-    gate_RI, up_RI = _halves(hidden_RU.astype(accumulate_dtype(hidden_RU.dtype)), activation)
+    gate_RI, up_RI = _halves(promoted(hidden_RU), activation)
     if activation.limit is not None:
         gate_RI = _below(gate_RI, activation.limit)
     act_RI = _curve(gate_RI, activation)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moebius.core import checks
-from moebius.jax_frontend.dtypes import accumulate_dtype
+from moebius.jax_frontend.dtypes import accumulate_dtype, promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -39,4 +39,4 @@ def add_bias(
     bias_RF = jnp.asarray(bias_eF, accumulate).at[row_experts_R].get(mode="fill", fill_value=0, indices_are_sorted=True)
     if row_weights_R is not None:
         bias_RF = bias_RF * row_weights_R[:, None]
-    return (out_RF.astype(accumulate) + bias_RF).astype(out_RF.dtype)
+    return (promoted(out_RF) + bias_RF).astype(out_RF.dtype)

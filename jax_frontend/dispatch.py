@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from moebius.core.registry import Problem, Registry
-from moebius.jax_frontend.dtypes import accumulate_dtype
+from moebius.jax_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -65,7 +65,7 @@ class Local:
         here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
         # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
         ids_TK = jnp.where(here_TK, ids_TK, n_experts).astype(jnp.int32)
-        return Sent(x_TD, weights_TK.astype(accumulate_dtype(x_TD.dtype)), ids_TK), None
+        return Sent(x_TD, promoted(weights_TK, x_TD.dtype), ids_TK), None
 
     def combine(self, y_SD: Float[Array, "S D"], state: None) -> Array:
         """`y_SD` itself."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 
 from moebius.core import precision
 from moebius.core.errors import ConfigError
@@ -31,3 +32,19 @@ def accumulate_dtype(dtype: Any) -> np.dtype:
     """promote_types(dtype, float32): where sums, activations and weights are computed."""
     promoted: np.dtype = jnp.promote_types(dtype, jnp.float32)
     return promoted
+
+
+def promoted(value: Array, dtype: Any = None) -> Array:
+    """`value` in the accumulate dtype of `dtype`, by default of its own; and rounded as its own dtype rounds.
+
+    Under jit XLA may leave out a rounding to 16 bits that a cast back follows, on a GPU it does by default
+    (--xla_allow_excess_precision): a step would then start from other numbers than the step before it ended with, and
+    than PyTorch's. reduce_precision stays, and in the backward pass it rounds the gradient likewise. It keeps the
+    exponents of float32, so that subnormal float16 numbers are not flushed.
+    """
+    wide = accumulate_dtype(value.dtype if dtype is None else dtype)
+    if value.dtype == wide or accumulate_dtype(value.dtype) == value.dtype:
+        return value.astype(wide)
+    own, single = jnp.finfo(value.dtype), jnp.finfo(jnp.float32)
+    kept = lax.reduce_precision(value.astype(jnp.float32), single.nexp, own.nmant)
+    return kept.astype(wide)

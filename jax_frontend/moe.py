@@ -17,7 +17,7 @@ from moebius.core.errors import ShapeError
 from moebius.core.stages import OUTPUT, Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
-from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
+from moebius.jax_frontend.dtypes import as_dtype, promoted
 from moebius.jax_frontend.experts import GroupedExperts
 from moebius.jax_frontend.gate import FakeBalancedGate, Gate
 from moebius.jax_frontend.matmul import linear
@@ -207,9 +207,8 @@ class MoE(nnx.Module):
         out_TD = self.shared_experts(x_TD)
         if self.shared_expert_gate is None:
             return out_TD
-        accumulate = accumulate_dtype(x_TD.dtype)
-        opening_T1 = jax.nn.sigmoid(self.shared_expert_gate(x_TD).astype(accumulate))
-        return (out_TD.astype(accumulate) * opening_T1).astype(x_TD.dtype)
+        opening_T1 = jax.nn.sigmoid(promoted(self.shared_expert_gate(x_TD)))
+        return (promoted(out_TD) * opening_T1).astype(x_TD.dtype)
 
     def init_weights(self, init_std: float = 0.02, *, rngs: nnx.Rngs) -> None:
         """Draw every weight anew from N(0, init_std); biases zero."""

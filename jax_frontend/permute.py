@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moebius.jax_frontend.dispatch import Sent
-from moebius.jax_frontend.dtypes import accumulate_dtype
+from moebius.jax_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -56,7 +56,7 @@ def permute(sent: Sent, n_experts: int) -> Permuted:
     # where, not a product: a NaN weight of a masked token must not survive.
     row_weights_R = jnp.where(row_experts_R < n_experts, weights_R, 0)
     # Promoted and cast back: exact for the rows, and the gradient of x is summed promoted and rounded once.
-    promoted_SD = sent.x_SD.astype(accumulate_dtype(sent.x_SD.dtype))
+    promoted_SD = promoted(sent.x_SD)
     rows_RD = _take(promoted_SD, state.token_of_row_R).astype(sent.x_SD.dtype)
     return Permuted(rows_RD, row_weights_R, group_sizes_e, row_experts_R, state)
 
@@ -75,7 +75,7 @@ def unpermute(
         [S, D], dtype of out_RD.
     """
     dtype = out_RD.dtype
-    out_RD = out_RD.astype(accumulate_dtype(dtype))
+    out_RD = promoted(out_RD)
     if row_weights_R is not None:
         out_RD = out_RD * row_weights_R[:, None]
     return _take(out_RD, state.row_of_slot_SK).sum(1).astype(dtype)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from moebius.core import checks
 from moebius.core.config import MoEConfig
 from moebius.core.routing import NORM_EPSILON, RoutingRule
-from moebius.jax_frontend.dtypes import accumulate_dtype
+from moebius.jax_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -51,7 +51,7 @@ def route(
     """
     checks.logits(logits_TE, config.n_routed_experts)
     rule = config.routing_rule
-    logits_TE = logits_TE.astype(accumulate_dtype(logits_TE.dtype))
+    logits_TE = promoted(logits_TE)
     score_TE = _score(logits_TE, rule)
     if ids_TK is None:
         choice_TE = _choice(lax.stop_gradient(logits_TE), lax.stop_gradient(score_TE), config, correction_bias_E)

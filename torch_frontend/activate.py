@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moebius.core import checks
 from moebius.core.activations import Activation
-from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,7 +35,7 @@ def activate(
         [R, I], dtype of hidden_RU.
     """
     checks.hidden(hidden_RU, row_weights_R, activation.gated)
-    gate_RI, up_RI = _halves(hidden_RU.to(accumulate_dtype(hidden_RU.dtype)), activation)
+    gate_RI, up_RI = _halves(promoted(hidden_RU), activation)
     if activation.limit is not None:
         gate_RI = _below(gate_RI, activation.limit)
     act_RI = _curve(gate_RI, activation)

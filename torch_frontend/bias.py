@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moebius.core import checks
-from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.dtypes import accumulate_dtype, promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -39,4 +39,4 @@ def add_bias(
     bias_RF = pad(bias_eF.to(accumulate), (0, 0, 0, 1)).index_select(0, row_experts_R)
     if row_weights_R is not None:
         bias_RF = bias_RF * row_weights_R[:, None]
-    return (out_RF.to(accumulate) + bias_RF).to(out_RF.dtype)
+    return (promoted(out_RF) + bias_RF).to(out_RF.dtype)

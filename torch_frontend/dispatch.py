@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebius.core.registry import Problem, Registry
-from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -62,7 +62,7 @@ class Local:
         here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
         # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
         ids_TK = torch.where(here_TK, ids_TK, n_experts).to(torch.int32)
-        return Sent(x_TD, weights_TK.to(accumulate_dtype(x_TD.dtype)), ids_TK), None
+        return Sent(x_TD, promoted(weights_TK, x_TD.dtype), ids_TK), None
 
     def combine(self, y_SD: Float[Tensor, "S D"], state: None) -> Tensor:
         """`y_SD` itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moebius.core import precision
 
@@ -22,3 +23,8 @@ def as_dtype(dtype: Any) -> torch.dtype:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """promote_types(dtype, float32): where sums, activations and weights are computed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def promoted(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`value` in the accumulate dtype of `dtype`, by default of its own."""
+    return value.to(accumulate_dtype(value.dtype if dtype is None else dtype))

@@ -13,7 +13,7 @@ from moebius.core.errors import ShapeError
 from moebius.core.stages import OUTPUT, Tap, untapped
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.checks import check_arrays
-from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
+from moebius.torch_frontend.dtypes import as_dtype, promoted
 from moebius.torch_frontend.experts import GroupedExperts
 from moebius.torch_frontend.gate import FakeBalancedGate, Gate
 from moebius.torch_frontend.matmul import linear
@@ -179,9 +179,8 @@ class MoE(nn.Module):
         out_TD: Tensor = self.shared_experts(x_TD)
         if self.shared_expert_gate is None:
             return out_TD
-        accumulate = accumulate_dtype(x_TD.dtype)
-        opening_T1 = torch.sigmoid(self.shared_expert_gate(x_TD).to(accumulate))
-        return (out_TD.to(accumulate) * opening_T1).to(x_TD.dtype)
+        opening_T1 = torch.sigmoid(promoted(self.shared_expert_gate(x_TD)))
+        return (promoted(out_TD) * opening_T1).to(x_TD.dtype)
 
     def init_weights(self, buffer_device: Any = None, init_std: float = 0.02) -> None:
         """Draw every weight anew from N(0, init_std); biases zero."""

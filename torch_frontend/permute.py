@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebius.torch_frontend.dispatch import Sent
-from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.dtypes import accumulate_dtype, promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -74,7 +74,7 @@ def unpermute(
     """
     dtype = out_RD.dtype
     if row_weights_R is not None:
-        out_RD = out_RD.to(accumulate_dtype(dtype)) * row_weights_R[:, None]
+        out_RD = promoted(out_RD) * row_weights_R[:, None]
     summed: Tensor = _sum_slots(out_RD, *state)
     return summed.to(dtype)
 

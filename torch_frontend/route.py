@@ -10,7 +10,7 @@ from torch import Tensor
 from moebius.core import checks
 from moebius.core.config import MoEConfig
 from moebius.core.routing import NORM_EPSILON, RoutingRule
-from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -50,7 +50,7 @@ def route(
     """
     checks.logits(logits_TE, config.n_routed_experts)
     rule = config.routing_rule
-    logits_TE = logits_TE.to(accumulate_dtype(logits_TE.dtype))
+    logits_TE = promoted(logits_TE)
     score_TE = _score(logits_TE, rule)
     if ids_TK is None:
         choice_TE = _choice(logits_TE.detach(), score_TE.detach(), config, correction_bias_E)

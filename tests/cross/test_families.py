@@ -209,7 +209,8 @@ def test_families_leave_out_keys_as_transformers_does(name):
     defaults = FAMILIES[own.model_type].defaults
     known = {key: getattr(own, key) for key in defaults if hasattr(own, key)}
     assert known == {key: defaults[key] for key in known}
-    assert defaults.keys() - known <= {"moe_layer_freq", "scoring_func", "topk_method"}
+    unknown = {"moe_layer_freq", "scoring_func", "topk_method", "swiglu_alpha", "swiglu_limit"}  # or to some versions
+    assert defaults.keys() - known <= unknown
 
 
 @pytest.mark.parametrize("norm", [False, True])

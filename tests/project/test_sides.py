@@ -192,13 +192,13 @@ def test_run_puts_a_frameworks_own_error_in_words(monkeypatch):
 @pytest.mark.parametrize("name", ["gpt_oss", "latent"])
 def test_large_tensors_on_disk_give_the_same_numbers(monkeypatch, name):
     p = small(name)
-    held = judged(p, "torch", "torch:loop")
+    held = judged(p, "torch@cpu", "torch:loop@cpu")
     monkeypatch.setattr(answers, "_LARGE", 1000)  # the routing weights have less
     with Desk() as desk:
-        spilled = problems.answer(p, "torch", desk)
+        spilled = problems.answer(p, "torch@cpu", desk)
         folder = spilled.tensors["up"].file.parent
         assert folder.is_dir()
-        assert judge(p, {"torch": spilled, "torch:loop": problems.answer(p, "torch:loop", desk)}) == held
+        assert judge(p, {"torch@cpu": spilled, "torch:loop@cpu": problems.answer(p, "torch:loop@cpu", desk)}) == held
     assert not folder.exists()
 
 

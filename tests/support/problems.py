@@ -9,7 +9,7 @@ import torch
 
 from moebius import torch_frontend as moebius
 from moebius.compare.problem import Problem, rounded, upstream
-from moebius.compare.sides import Side, run
+from moebius.compare.sides import Side, parse, run
 from moebius.compare.sides.answer import Answer, Desk
 from moebius.core import MoEConfig, layout
 from moebius.torch_frontend.dispatch import Sent
@@ -69,8 +69,7 @@ def answer(p: Problem, side: Any, desk: Desk) -> Answer:
     """What a side given by name or as a callable makes of a problem."""
     if callable(side):
         return run(p, Side(name="mine", kind="callable", call=side), desk)
-    kind, _, backend = str(side).partition(":")
-    return run(p, Side(name=str(side), kind=kind, backend=backend or None), desk)
+    return run(p, parse([side])[0], desk)
 
 
 class Layer:

@@ -70,7 +70,10 @@ def model(name: str, seed: int = 0, **settings: Any) -> Any:
 
     classes, own = MODELS[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{classes}Config")(**{**_SIZES, **own, **settings})
+    kind = getattr(transformers, f"{classes}Config")
+    if not hasattr(kind(), "swiglu_limit"):  # older versions of transformers have one limit, in the code
+        own = {key: value for key, value in own.items() if key != "swiglu_limit"}
+    config = kind(**{**_SIZES, **own, **settings})
     made = getattr(transformers, f"{classes}ForCausalLM")(config).eval()
     with torch.no_grad():
         for key, value in [*made.named_parameters(), *made.named_buffers()]:
