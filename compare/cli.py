@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moebius import __version__
-from moebius.core.errors import BackendUnavailable, MoEError
+from moebius.core.errors import BackendUnavailable, ConfigError, MoEError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -118,6 +118,8 @@ def _check_targets(plot: Path | None, html: Path | None) -> None:
             files.check_writable(path)
     if plot is not None:
         files.figure_format(plot)
+        if html is not None and plot.absolute() == html.absolute():
+            raise ConfigError(f"figure and page in {plot}", "one file for both", "name two files")
     if (plot or html) is not None and find_spec("matplotlib") is None:
         raise BackendUnavailable("a figure", "matplotlib is not installed", "pip install '.[compare]' in a clone")
 

@@ -50,6 +50,10 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from moebius.compare.cli import app
 
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # a terminal that knows no lines shows question marks, not a traceback
+        reconfigure(errors="replace")
+
     app(prog_name="moebius")
     return 0
 

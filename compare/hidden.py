@@ -104,6 +104,8 @@ def from_file(file: Any, layer: int, dim: int) -> np.ndarray:
 def given(value: Any, dim: int, what: str = "hidden") -> np.ndarray:
     """Hidden states given as an array or tensor, [T, dim] float32; see `from_file`."""
     try:
+        if isinstance(value, np.ndarray) and not value.flags.writeable:
+            value = value.copy()  # torch would share its memory, and warn of that
         tensor = torch.as_tensor(value).detach().cpu()
     except Exception as error:  # torch raises TypeError, ValueError, RuntimeError and others
         words = f"a {type(value).__name__}: {' '.join(str(error).split())[:200]}"

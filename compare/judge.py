@@ -111,8 +111,10 @@ def _side(p: Problem, name: str, answer: Answer, choices: Choices) -> Side:
 def _missing(side: Side, p: Problem) -> list[str]:
     """What to note where a side that gives gradients leaves out those of some parameters."""
     names = [name for name in p.parameters if GRADIENT + name not in side.answer.tensors]
-    if not names or not any(name.startswith(GRADIENT) for name in side.answer.tensors):
+    if not names:
         return []
+    if not any(name.startswith(GRADIENT) for name in side.answer.tensors):
+        return [f"{side.name} gives no gradient: its backward pass is not compared"]
     return [f"{side.name} gives no gradient of {listed(names)}: not compared"]
 
 

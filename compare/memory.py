@@ -54,13 +54,21 @@ def available() -> int | None:
 
 
 def require(
-    config: MoEConfig, dtype: str, tokens: int, n_sides: int, *, heads: int = 0, free: int | None = None
+    config: MoEConfig,
+    dtype: str,
+    tokens: int,
+    n_sides: int,
+    *,
+    heads: int = 0,
+    beside: int = 0,
+    free: int | None = None,
 ) -> None:
     """Refuse more tokens than fit.
 
     Args:
         config: of the block. dtype: of its parameters. n_sides: whose answers are held at a time.
-        heads: of the attention that first runs over all tokens; 0 for none. free: bytes; None to ask the machine.
+        heads: of the attention that first runs over all tokens; 0 for none. beside: bytes of the model that runs it.
+        free: bytes; None to ask the machine.
     Raises:
         ConfigError: says how many do.
     """
@@ -68,15 +76,16 @@ def require(
     if free is None:
         return
     per_token = row_bytes(config, n_sides)
-    room = max(free - parameter_bytes(config, dtype) - _BASE, 0)
+    room = max(free - parameter_bytes(config, dtype) - beside - _BASE, 0)
     fit = room // per_token
     if heads:
         fit = min(fit, isqrt(room // (heads * _ATTENTION)))
     if tokens > fit:
         needed = max(tokens * per_token, heads * _ATTENTION * tokens**2)
+        model = f" and {beside / 2**30:.1f} GiB of layers before it" if beside else ""
         do = f"ask for at most {fit} tokens" if fit else "free memory, or name fewer sides: not even one token fits"
         raise ConfigError(
-            f"{tokens} tokens through {n_sides} sides, {needed / 2**30:.1f} GiB and the block itself",
+            f"{tokens} tokens through {n_sides} sides, {needed / 2**30:.1f} GiB, beside the block itself{model}",
             f"{free / 2**30:.1f} GiB of memory available",
             do,
         )

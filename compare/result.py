@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -120,9 +121,18 @@ class Report:
             AssertionError: it did not; says the first faults and the element that is farthest off.
         """
         if not self.passed:
-            worst = self.worst(1)
-            lines = [*self.faults[:3], *(f"farthest off: {element}" for element in worst)]
+            counted = [element for element in self.worst(sys.maxsize) if self._counts(element)]
+            lines = [*self.faults[:3], *(f"farthest off: {element}" for element in counted[:1])]
             raise AssertionError("\n".join(lines) or "nothing was compared")
+
+    def _counts(self, element: Element) -> bool:
+        """Whether an element is of a column that counts."""
+        return any(
+            row.whole[element.column].counts
+            for layer in self.layers
+            for row in layer.rows
+            if (layer.index, row.name) == (element.layer, element.row) and element.column in row.whole
+        )
 
     def __repr__(self) -> str:
         layers = f"{len(self.layers)} layers" if len(self.layers) != 1 else f"layer {self.layers[0].index}"

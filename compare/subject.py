@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +66,26 @@ class Checkpoint:
             return
         words, source = (texts.read(text), str(text)) if text is not None else texts.own()
         most = min(tokens, len(words.encode()))  # a token takes a byte or more
-        memory.require(self.config, self.dtype, most, len(asked), heads=memory.heads(self.folder.config))
+        memory.require(
+            self.config,
+            self.dtype,
+            most,
+            len(asked),
+            heads=memory.heads(self.folder.config),
+            beside=self._model_bytes(),
+        )
         say(f"running layers 0 to {max(self.chosen)} with transformers")
         self._model = inputs.Model(self.path, self.chosen, words, tokens)
         self.words = f"{source}, by {self._model.kind}"
         if not any(side.kind == kinds.TRANSFORMERS for side in asked):
             for layer in self.chosen:  # nobody else asks for them: they need not stay in memory
                 self._model.block(layer)
+
+    def _model_bytes(self) -> int:
+        """What transformers' model takes in float32, up to the last layer that is compared."""
+        last = max(self.chosen)
+        names = [name for name in self.folder.files if (_layer_of(name) or 0) <= last]
+        return 4 * sum(prod(stored.shape) for stored in self.folder.stored(names).values())
 
     def problem(self, index: int, dtype: str, seed: int) -> Problem:
         """One layer's parameters and its input."""
@@ -151,6 +166,12 @@ def _problem(layer: MoE, x_TD: np.ndarray, dtype: str, seed: int, where: str) ->
         parameters=own,
         correction_bias_E=None if bias_E is None else bias_E.cpu(),
     )
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a stored tensor belongs to; None for embeddings and the like."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return None if found is None else int(found.group(1))
 
 
 def _most(hidden: dict[int, np.ndarray]) -> int:

@@ -31,7 +31,7 @@ class Score:
     """How far one tensor is from where it should be.
 
     Attributes:
-        n: elements compared. bad: elements that are nan, inf, missing or of the wrong shape; they fail.
+        n: elements compared. bad: elements that are nan, inf or of the wrong shape; they fail.
         z_rms, z_max: of error over predicted standard deviation; inf where an exact element is off.
         relative: Euclidean norm of the difference over that of the exact tensor (over 1 where that is zero).
         predicted: what `relative` is expected to be at most: norm of the predicted deviations over the same.

@@ -10,6 +10,8 @@ from moebius.compare.verdict import FAIL_MAX
 from moebius.core.activations import Activation
 from moebius.core.reference.activate import bounded, clamped, curve, halves, joined, sigmoid, slope
 
+# Where exp overflows in float32, a sigmoid is zero that is this small at most.
+_VANISHED = 2.0**-126
 _STEP = 2.0**-13  # of the central difference that bends the slope
 _RAREST = 2.0 / FAIL_MAX**2  # probability of a crossing: a jump is then FAIL_MAX / sqrt(2) deviations at most
 
@@ -48,6 +50,7 @@ def unweighted(model: Model, hidden_RU: Noisy, activation: Activation) -> Noisy:
     factor_RI = 1.0 if up_RI is None else bounded(up_RI.value, activation) + activation.up_offset
     variance = model.formula(_magnitude(low_RI, activation) * factor_RI)
     variance += np.square(_argument(model, low_RI, activation) * slope_RI * factor_RI)
+    variance += np.square(_VANISHED * low_RI * factor_RI)
     if gate_RI.own is not None:
         variance += gate_RI.own * gate_passes * np.square(slope_RI * factor_RI)
     if up_RI is not None and up_RI.own is not None:
@@ -80,6 +83,7 @@ def _gate_and_up_vjp(model: Model, hidden_RU: Noisy, activation: Activation, dou
     variance = added(
         model.formula(d_RI * _slope_magnitude(low_RI, activation) * factor_RI),
         np.square(_argument(model, low_RI, activation) * d_RI * bend_RI * factor_RI),
+        np.square(_VANISHED * d_RI * (1.0 + np.abs(low_RI)) * factor_RI),
         scaled(dout_RI.own, slope_RI * factor_RI),
         _times(gate_RI.own, np.square(d_RI * bend_RI * factor_RI)),
         None if up_RI is None else _times(up_RI.own, up_passes * np.square(d_RI * slope_RI)),
@@ -92,6 +96,7 @@ def _gate_and_up_vjp(model: Model, hidden_RU: Noisy, activation: Activation, dou
         variance = added(
             model.formula(d_RI * _magnitude(low_RI, activation)),
             np.square(_argument(model, low_RI, activation) * d_RI * slope_RI),
+            np.square(_VANISHED * d_RI * low_RI),
             scaled(dout_RI.own, f_RI),
             _times(gate_RI.own, gate_passes * np.square(d_RI * slope_RI)),
         )

@@ -68,6 +68,7 @@ def unpermute(model: Model, out_RD: Noisy, routes: Routes, row_weights_R: Noisy 
         own_TD += np.square(part_TD) * (model.unit**2 * n_slots / 2)
         if variance_RD is not None:
             own_TD += variance_RD[places_T]
+    own_TD += np.square(value_TD) * (model.unit**2 * n_slots / 3)
     return model.stored(Noisy(value_TD, own_TD))
 
 

@@ -20,7 +20,7 @@ def weights(
     """
     routing = reference.route(logits_TE.value, config, correction_bias_E=correction_bias_E, ids_TK=ids_TK)
     variance_TK = model.formula(routing.weights_TK)
-    logits_variance = added(logits_TE.variance, _argument(model, logits_TE.value, config))
+    logits_variance = added(logits_TE.variance, _argument(model, logits_TE.value, config, correction_bias_E))
     if logits_variance is not None:
         for slot in range(ids_TK.shape[1]):
             one_TK = np.zeros(ids_TK.shape)
@@ -52,7 +52,7 @@ def logits_gradient(
             one_TK = np.zeros(ids_TK.shape)
             one_TK[:, slot] = 1.0
             variance_TE += np.square(vjp(logits_TE.value, one_TK)) * dweights_TK.variance[:, slot, None]
-    logits_variance = logits_TE.variance
+    logits_variance = added(logits_TE.variance, _argument(model, logits_TE.value, config, correction_bias_E))
     if logits_variance is not None:
         tokens = np.arange(len(ids_TK))
         for experts_T in _that_matter(ids_TK, config):
@@ -100,11 +100,23 @@ def _that_matter(ids_TK: np.ndarray, config: MoEConfig) -> list[np.ndarray]:
     return [np.full(len(ids_TK), expert) for expert in range(config.n_routed_experts)]
 
 
-def _argument(model: Model, logits_TE: np.ndarray, config: MoEConfig) -> np.ndarray | None:
-    """Variance of exp's argument in a softmax: the rounding of logit - max."""
-    if config.routing_rule.score != "softmax":
+def _argument(
+    model: Model, logits_TE: np.ndarray, config: MoEConfig, correction_bias_E: np.ndarray | None
+) -> np.ndarray | None:
+    """Roundings inside the rule as a variance of the logits, where a result may be small against its terms.
+
+    In a softmax that of exp's argument, logit - max; where weights are score + bias, that of the two and of their sum,
+    which may cancel.
+    """
+    rule = config.routing_rule
+    if rule.score == "softmax":
+        return rounding(logits_TE - logits_TE.max(-1, keepdims=True), model.accumulate)
+    if rule.weights_from != "biased_scores" or correction_bias_E is None:
         return None
-    return rounding(logits_TE - logits_TE.max(-1, keepdims=True), model.accumulate)
+    score_TE = reference.score(logits_TE, rule)
+    slope_TE = score_TE * (1.0 - score_TE)
+    variance_TE = model.formula(score_TE) + rounding(score_TE + correction_bias_E, model.accumulate)
+    return np.divide(variance_TE, np.square(slope_TE), out=np.zeros_like(slope_TE), where=slope_TE > 1e-30)
 
 
 def _magnitude(

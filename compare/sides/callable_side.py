@@ -64,7 +64,8 @@ def run(p: Problem, desk: Desk, side: Side) -> Answer:
             found = checked(_called(side, call, x_TD), p, side.name)
             found = _with_gradients(found, {INPUT: x_TD, **inputs}, p, side)
     else:
-        inputs = {name: value.detach().requires_grad_() for name, value in p.parameters.items()}
+        # copies: what a callable writes into them is its own affair
+        inputs = {name: value.detach().clone().requires_grad_() for name, value in p.parameters.items()}
         with precise():
             found = checked(_called(side, call, x_TD, inputs), p, side.name)
             found = _with_gradients(found, {INPUT: x_TD, **inputs}, p, side)
@@ -96,14 +97,17 @@ def checked(found: Any, p: Problem, name: str) -> dict[str, Tensor]:
             raise ShapeError(f"{key!r} of side {name!r} of shape {due}", f"shape {tuple(value.shape)}", _RETURNS)
     if "ids" in found and (found["ids"].is_floating_point() or found["ids"].dtype == torch.bool):
         raise DTypeError(f"'ids' of side {name!r}", f"dtype {found['ids'].dtype}", "return integers")
+    by_slot = [key for key in ("weights", GRADIENT + "weights") if key in found]
+    if by_slot and "ids" not in found:
+        raise ConfigError(f"{by_slot[0]!r} of side {name!r}", "no 'ids', so that no slot has an expert", "return both")
     return dict(found)
 
 
 def _called(side: Side, call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
-    except MoEError:
-        raise
+    except MoEError as error:
+        raise type(error)(f"side {side.name!r}: {error.asked}", error.found, error.do) from error
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ConfigError(f"side {side.name!r} on {side.call!r:.80}", words, _CALLED) from error

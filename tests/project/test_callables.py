@@ -12,6 +12,7 @@ from torch import nn
 import jax  # isort: skip
 import jax.numpy as jnp  # isort: skip
 
+from moebius import torch_frontend
 from moebius.compare import InJax
 from moebius.compare.judge import judge
 from moebius.compare.sides.answer import Desk
@@ -94,7 +95,8 @@ def test_function_sees_the_problem_in_its_dtype(p):
 
 def test_function_without_a_gradient_is_compared_by_its_values_alone(p):
     layer = judged(p, lambda x, w: output(p)(x, w).detach())
-    assert names(layer) == {"output"} and layer.verdict == PASS and not layer.notes
+    assert layer.notes == ("mine gives no gradient: its backward pass is not compared",)
+    assert names(layer) == {"output"} and layer.verdict == PASS
 
 
 def test_function_that_lets_no_gradient_through_to_a_parameter_fails_there_alone(p):
@@ -263,3 +265,30 @@ def test_module_with_a_parameter_of_another_shape_is_refused(p):
     module.forward = lambda x: x + module.experts.down_projs.sum()
     with pytest.raises(ShapeError, match=r"grad\.experts\.down_projs.*\(4, 24, 32\)"):
         judged(p, module)
+
+
+def test_function_that_writes_into_its_parameters_harms_nobody(p):
+    before = {name: value.clone() for name, value in p.parameters.items()}
+
+    def careless(x, w):
+        with torch.no_grad():
+            for value in w.values():
+                value.mul_(2)
+        return output(p)(x, w)
+
+    assert judged(p, careless).verdict == FAIL
+    assert all(torch.equal(before[name], value) for name, value in p.parameters.items())
+
+
+def test_weights_without_their_experts_are_refused(p):
+    def by_slot(x, w):
+        found = Layer(p.config)(x, w)
+        return {"output": found["output"], "weights": found["weights"]}
+
+    with pytest.raises(ConfigError, match="no 'ids'"):
+        judged(p, by_slot)
+
+
+def test_an_error_of_moebius_inside_a_function_names_the_side(p):
+    with pytest.raises(ShapeError, match="side 'mine': logits"):
+        judged(p, lambda x, w: torch_frontend.route(x, p.config))

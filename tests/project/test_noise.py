@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -30,9 +32,7 @@ def desk():
 def reference_of(p, ids_TK):
     """Every tensor of core.reference for these experts, under the names of the walk."""
     mask_T, parameters = np.ones(p.tokens, bool), {name: p.exact(name) for name in p.parameters}
-    trace = reference.moe(
-        p.x_TD, mask_T, parameters, p.config, ids_TK=ids_TK, correction_bias_E=p.correction_bias
-    )
+    trace = reference.moe(p.x_TD, mask_T, parameters, p.config, ids_TK=ids_TK, correction_bias_E=p.correction_bias)
     dx_TD, grads = reference.moe_vjp(
         trace, p.x_TD, mask_T, parameters, p.config, p.dy_TD, correction_bias_E=p.correction_bias
     )
@@ -185,3 +185,47 @@ def test_noise_of_the_logits_gradient_matches_perturbed_logits_and_gradients():
     np.testing.assert_allclose(
         chosen, np.take_along_axis(np.sqrt(due.variance), ids.astype(np.int64), axis=-1), rtol=0.2
     )
+
+
+def gained(gain, dtype="float32", name="swiglu", **changes):
+    """A problem with parameters so many times larger than those of unit gain."""
+    p = problems.problem(name, dtype, n_routed_experts=8, dim=64, moe_inter_dim=48, **changes)
+    return replace(p, parameters={key: value * gain for key, value in p.parameters.items()})
+
+
+@pytest.mark.parametrize("changes", [{}, {"softmax_before_topk": True}], ids=str)
+def test_a_correct_layer_of_large_logits_passes(changes, desk):
+    """Rounding exp's argument counts in the gradient as in the weights: here logits reach 40."""
+    p = gained(1.5, **changes)
+    p = replace(p, parameters={**p.parameters, "gate.weight": p.parameters["gate.weight"] * 8})
+    layer = judge(p, {"torch": problems.answer(p, "torch", desk)})
+    assert layer.verdict == "pass", layer.faults
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_correct_layer_whose_sigmoid_vanishes_passes(dtype, desk):
+    """Below -88 exp overflows in float32 and the sigmoid is zero; the reference's is not."""
+    p = gained(1.0, dtype)
+    p = replace(
+        p, parameters={**p.parameters, "experts.gate_and_up_projs": p.parameters["experts.gate_and_up_projs"] * 40}
+    )
+    answer = problems.answer(p, "torch", desk)
+    assert answer.tensors["up"].min() < -100
+    layer = judge(p, {"torch": answer})
+    assert {row.name: row.verdict for row in layer.rows if row.name in ("activation", "grad.up")} == {
+        "activation": "pass",
+        "grad.up": "pass",
+    }
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.6, 0.5])
+def test_a_correct_layer_of_weights_that_cancel_against_the_bias_passes(shift, desk):
+    p = problems.problem(
+        "swiglu",
+        score_func="sigmoid",
+        router_weight_uses_score_correction_bias=True,
+        force_e_score_correction_bias=True,
+    )
+    p = replace(p, correction_bias_E=torch.full((16,), shift))
+    layer = judge(p, {"torch": problems.answer(p, "torch", desk)})
+    assert layer.verdict == "pass", layer.faults
