@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moebius.core.errors import ConfigError, DTypeError, ShapeError
+from moebius.core.precision import dtype_name
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
@@ -84,6 +85,22 @@ def routes(weights: Any, indices: Any, n_tokens: int) -> None:
             f"shape {tuple(weights.shape)}",
             "give one weight per chosen expert",
         )
+
+
+def upstream(dy: Any, shape: Iterable[int], dtype: Any) -> None:
+    """`dy` is a gradient of an output of this shape and dtype.
+
+    Raises:
+        ShapeError, DTypeError: it is not.
+    """
+    due = tuple(shape)
+    if tuple(dy.shape) != due:
+        raise ShapeError(
+            f"dy_TD of the output's shape {due}", f"shape {tuple(dy.shape)}", "give one gradient per element"
+        )
+    name = dtype_name(dtype)
+    if dtype_text(dy) != name:
+        raise DTypeError(f"dy_TD of the output's dtype {name}", dtype_text(dy), "cast dy_TD")
 
 
 def logits(value: Any, n_experts: int) -> None:

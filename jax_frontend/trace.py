@@ -13,8 +13,6 @@ from flax import nnx
 from jax import Array
 
 from moebius.core import checks, layout, stages
-from moebius.core.errors import DTypeError, ShapeError
-from moebius.core.precision import dtype_name
 from moebius.core.stages import GRADIENT, INPUT, Tap
 from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.moe import MoE
@@ -61,7 +59,9 @@ def trace(layer: MoE, x_TD: Float[Array, "T D"], dy_TD: Float[Array, "T D"] | No
     """
     check_arrays(x_TD=x_TD, **({} if dy_TD is None else {"dy_TD": dy_TD}))
     x_TD, dy_TD = jnp.asarray(x_TD), None if dy_TD is None else jnp.asarray(dy_TD)
-    _check(layer, x_TD, dy_TD)
+    checks.tokens(x_TD, layer.config.dim, "x_TD")
+    if dy_TD is not None:
+        checks.upstream(dy_TD, x_TD.shape, layer.dtype or x_TD.dtype)
     graph, parameters, *rest = nnx.split(layer, nnx.Param, ...)
     seen, gradients = _run(graph, parameters, rest, x_TD, dy_TD)
     found = {stage.name: seen[stage.name] for stage in stages.STAGES if stage.name in seen}
@@ -108,17 +108,3 @@ def _probed(value: Array, probe: Array) -> Array:
 
 
 _probed.defvjp(lambda value, probe: (value, None), lambda saved, dvalue: (dvalue, dvalue))
-
-
-def _check(layer: MoE, x_TD: Any, dy_TD: Any) -> None:
-    """`x_TD` is [T, dim]; `dy_TD` has its shape and the output's dtype, or is None."""
-    check_arrays(x_TD=x_TD, **({} if dy_TD is None else {"dy_TD": dy_TD}))
-    checks.tokens(x_TD, layer.config.dim, "x_TD")
-    if dy_TD is None:
-        return
-    if tuple(dy_TD.shape) != tuple(x_TD.shape):
-        asked = f"dy_TD of the output's shape {tuple(x_TD.shape)}"
-        raise ShapeError(asked, f"shape {tuple(dy_TD.shape)}", "give one gradient per element")
-    dtype = dtype_name(layer.dtype or x_TD.dtype)
-    if checks.dtype_text(dy_TD) != dtype:
-        raise DTypeError(f"dy_TD of the output's dtype {dtype}", checks.dtype_text(dy_TD), "cast dy_TD")

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from moebius.core import checks, layout, stages
-from moebius.core.errors import DTypeError, ShapeError
-from moebius.core.precision import dtype_name
 from moebius.core.stages import GRADIENT, INPUT, OUTPUT, Tap
 from moebius.torch_frontend.checks import check_arrays
 from moebius.torch_frontend.moe import MoE
@@ -53,7 +51,10 @@ def trace(layer: MoE, x_TD: Float[Tensor, "T D"], dy_TD: Float[Tensor, "T D"] | 
     Raises:
         ShapeError, DTypeError: an input does not fit.
     """
-    _check(layer, x_TD, dy_TD)
+    check_arrays(x_TD=x_TD, **({} if dy_TD is None else {"dy_TD": dy_TD}))
+    checks.tokens(x_TD, layer.config.dim, "x_TD")
+    if dy_TD is not None:
+        checks.upstream(dy_TD, x_TD.shape, layer.dtype or x_TD.dtype)
     backward = dy_TD is not None
     wanted = {stage.name for stage in stages.STAGES if stage.differentiable and backward}
     seen: dict[str, Tensor] = {}
@@ -87,17 +88,3 @@ def _unrecorded(layer: MoE) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(layer.gate, name, value)
-
-
-def _check(layer: MoE, x_TD: Any, dy_TD: Any) -> None:
-    """`x_TD` is [T, dim]; `dy_TD` has its shape and the output's dtype, or is None."""
-    check_arrays(x_TD=x_TD, **({} if dy_TD is None else {"dy_TD": dy_TD}))
-    checks.tokens(x_TD, layer.config.dim, "x_TD")
-    if dy_TD is None:
-        return
-    if tuple(dy_TD.shape) != tuple(x_TD.shape):
-        asked = f"dy_TD of the output's shape {tuple(x_TD.shape)}"
-        raise ShapeError(asked, f"shape {tuple(dy_TD.shape)}", "give one gradient per element")
-    dtype = dtype_name(layer.dtype or x_TD.dtype)
-    if checks.dtype_text(dy_TD) != dtype:
-        raise DTypeError(f"dy_TD of the output's dtype {dtype}", checks.dtype_text(dy_TD), "cast dy_TD")

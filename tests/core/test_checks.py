@@ -164,3 +164,12 @@ def test_checks_read_shape_and_dtype_alone():
 
 def test_errors_of_checks_are_of_one_family():
     assert issubclass(ShapeError, MoEError) and issubclass(DTypeError, MoEError)
+
+
+def test_upstream_of_another_shape_or_dtype_is_refused():
+    dy = np.zeros((3, 4), np.float32)
+    checks.upstream(dy, (3, 4), "float32")
+    with pytest.raises(ShapeError, match="one gradient per element"):
+        checks.upstream(dy, (4, 3), "float32")
+    with pytest.raises(DTypeError, match="cast dy_TD"):
+        checks.upstream(dy, (3, 4), "bfloat16")
