@@ -16,8 +16,9 @@ _MOST = 4
 def at_once(pieces: Sequence[Callable[[], Any]]) -> list[Any]:
     """What the pieces return, in order; the first error that one raises.
 
-    A piece spends its time in NumPy, which lets go of the interpreter. Each has one thread in BLAS: two pieces that
-    both ask for all cores wait for each other, measured: eight times slower where other programs run beside them.
+    A piece spends its time in NumPy, which lets go of the interpreter. Each has one thread in BLAS, whose threads wait
+    for each other in many small products; measured: one piece alone, on cores that other programs used too, took eight
+    times as long with BLAS on all of them.
     """
     from threadpoolctl import threadpool_limits
 

@@ -107,7 +107,7 @@ class _Process:
             try:
                 self.child.wait(_GRACE)
             except subprocess.TimeoutExpired:
-                pass
+                pass  # killed and not gone, as in the middle of a driver's call: no more can be done
 
     def _read(self, ending: str | None) -> Answer:
         facts, errors, stage = {}, {}, ""
