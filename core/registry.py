@@ -13,7 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-from moebius.core.errors import BackendUnavailable, ConfigError, Unsupported
+from moebius.core.errors import BackendUnavailable, ConfigError, MoEError, Unsupported
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,7 @@ class Backend:
         name: what a user writes.
         load: returns the implementation; called once, at first use.
         needs: packages that must be importable.
+        install: the command that brings them.
         supports: None where the backend serves the problem, else the reason in words.
         only_when_named: never chosen by default.
         reads_host: fetches device values to the host in each call.
@@ -71,13 +72,14 @@ class Backend:
     name: str
     load: Callable[[], Any]
     needs: tuple[str, ...] = ()
+    install: str = ""
     supports: Callable[[Problem], str | None] = _serves_all
     only_when_named: bool = False
     reads_host: bool = False
     note: str = ""
 
     def missing(self) -> str | None:
-        """Why the backend cannot be loaded here, in words; None where it can."""
+        """Which of its packages are not installed, in words; None where all are."""
         absent = [package for package in self.needs if _absent(package)]
         return f"not installed: {', '.join(absent)}" if absent else None
 
@@ -100,6 +102,7 @@ class Registry:
     operation: str
     _rows: dict[str, Backend] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict)
+    _broken: dict[str, str] = field(default_factory=dict)
 
     def add(self, **row: Any) -> None:
         """Declare a backend; the order of declaration is the order of choice."""
@@ -131,7 +134,7 @@ class Registry:
             name: a declared name, or None for the first that is available and supports the problem.
         Raises:
             ConfigError: no backend of that name.
-            BackendUnavailable: it needs a package that is not here.
+            BackendUnavailable: it needs a package that is not here, or whose import fails; says how.
             Unsupported: it cannot serve this problem, or with None no backend can.
         """
         if name is None:
@@ -140,13 +143,32 @@ class Registry:
         if name not in self._rows:
             raise ConfigError(asked, f"the backends {self.names}", "name one of them, or None to choose")
         backend = self._rows[name]
-        missing = backend.missing()
+        missing, reason = backend.missing(), backend.supports(problem)
         if missing is not None:
-            raise BackendUnavailable(asked, missing, "install it, or name another backend")
-        reason = backend.supports(problem)
+            # Both are said, since installing alone would not help.
+            found = missing if reason is None else f"{missing}; and {reason}"
+            raise BackendUnavailable(asked, found, f"{backend.install or 'install it'}, or name another backend")
         if reason is not None:
             raise Unsupported(asked, reason, f"name another of {self.names}, or None to choose")
+        broken = self.broken(backend)
+        if broken is not None:
+            raise BackendUnavailable(asked, broken, f"mend it ({backend.install or 'install it'}), or name another")
         return backend
+
+    def broken(self, backend: Backend) -> str | None:
+        """Why a backend whose packages are installed does not load, in words; None where it does.
+
+        An optional package with libraries of its own may raise anything on import: OSError where a shared library is
+        missing, RuntimeError or AssertionError where a version does not fit. Tried once a process.
+        """
+        if not backend.needs or backend.name in self._loaded:
+            return None
+        if backend.name not in self._broken:
+            try:
+                self.implementation(backend)
+            except Exception as error:
+                self._broken[backend.name] = f"does not load: {_words(error)}"
+        return self._broken.get(backend.name)
 
     def implementation(self, backend: Backend) -> Any:
         """The loaded implementation of a row of this registry."""
@@ -155,10 +177,13 @@ class Registry:
         return self._loaded[backend.name]
 
     def explain(self, problem: Problem) -> list[tuple[str, str]]:
-        """(name, "chosen", "available", or the reason against) of every backend, in declared order."""
+        """(name, "chosen", "available", or the reason against) of every backend, in declared order.
+
+        Loads nothing: a package that is installed and does not load is told of once `choose` has tried it.
+        """
         rows, chosen = [], False
         for backend in self._rows.values():
-            reason = backend.missing() or backend.supports(problem)
+            reason = backend.missing() or backend.supports(problem) or self._broken.get(backend.name)
             state = reason or ("available when named" if backend.only_when_named else "available")
             if reason is None and not chosen and not backend.only_when_named:
                 state, chosen = "chosen", True
@@ -167,7 +192,15 @@ class Registry:
 
     def _first(self, problem: Problem) -> Backend:
         for backend in self._rows.values():
-            if not backend.only_when_named and backend.missing() is None and backend.supports(problem) is None:
+            if backend.only_when_named or backend.missing() is not None or backend.supports(problem) is not None:
+                continue
+            if self.broken(backend) is None:
                 return backend
         reasons = "; ".join(f"{name}: {state}" for name, state in self.explain(problem))
         raise Unsupported(f"{self.operation} of {self.frontend} for {problem}", reasons, "change the dtype or install")
+
+
+def _words(error: Exception) -> str:
+    """An error in one line; of one of moebius' own what it found."""
+    text = error.found if isinstance(error, MoEError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())

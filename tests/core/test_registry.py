@@ -56,6 +56,60 @@ def test_choose_a_name_without_its_package_says_which(registry):
     assert "moebius_no_such_package" in error.found and "numpy" not in error.found
 
 
+def test_choose_a_name_without_its_package_says_how_to_install_it(registry):
+    registry.add(name="extra", load=lambda: None, needs=("moebius_no_such_package",), install="pip install extra")
+    with pytest.raises(BackendUnavailable, match="do: pip install extra, or name another"):
+        registry.choose("extra", CPU)
+
+
+def fails(error):
+    """A loader that raises, and the list of its calls."""
+    calls = []
+
+    def load():
+        calls.append(error)
+        raise error
+
+    return load, calls
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError("libnccl.so.2: cannot open\nshared object"), "OSError: libnccl.so.2: cannot open shared object"),
+        (RuntimeError("built for another torch"), "RuntimeError: built for another torch"),
+        (BackendUnavailable("numpy 3", "numpy 2.4", "install 3"), "does not load: numpy 2.4"),
+    ],
+    ids=["OSError", "RuntimeError", "own"],
+)
+def test_choose_a_name_whose_package_does_not_load_gives_the_reason(registry, error, said):
+    load, _ = fails(error)
+    registry.add(name="broken", load=load, needs=("numpy",), install="pip install numpy")
+    with pytest.raises(BackendUnavailable) as caught:
+        registry.choose("broken", CPU)
+    found = complete(caught.value)
+    assert said in found.found and "pip install numpy" in found.do and "'broken'" in found.asked
+
+
+def test_choose_none_passes_over_a_package_that_does_not_load():
+    registry = Registry(frontend="moebius.test_frontend", operation="grouped_matmul")
+    load, calls = fails(OSError("no library"))
+    registry.add(name="broken", load=load, needs=("numpy",))
+    registry.add(name="plain", load=lambda: "plain")
+    assert registry.explain(CPU) == [("broken", "chosen"), ("plain", "available")] and not calls
+    assert [registry.choose(None, CPU).name for _ in range(2)] == ["plain", "plain"]
+    assert registry.explain(CPU) == [("broken", "does not load: OSError: no library"), ("plain", "chosen")]
+    assert len(calls) == 1
+
+
+def test_choose_a_backend_that_cannot_serve_loads_nothing(registry):
+    load, calls = fails(OSError("no library"))
+    registry.add(name="broken", load=load, needs=("numpy",), supports=only("cuda"))
+    with pytest.raises(Unsupported, match="needs cuda, not cpu"):
+        registry.choose("broken", CPU)
+    assert not calls
+
+
 def test_choose_a_name_that_cannot_serve_gives_its_reason_and_no_other_backend(registry):
     with pytest.raises(Unsupported) as caught:
         registry.choose("cuda", CPU)
