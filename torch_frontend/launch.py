@@ -1,0 +1,211 @@
+"""The Triton kernels of core.kernels on this framework's tensors.
+
+Each function has the name, arguments and results of the torch formulas that it stands in for (permute.py, activate.py,
+bias.py). Nothing here waits for the device and all memory comes from torch: a CUDA graph can capture every call.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moebius.core.activations import Activation
+from moebius.core.kernels import plan
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can take these tensors; None and integers are taken wherever they lie with the others.
+
+    They need triton, float32, bfloat16 or float16, and a CUDA device of compute capability 8.0 or more (or
+    TRITON_INTERPRET=1, under which Triton runs its kernels on the CPU, slowly: for tests).
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not _has_triton() or any(t.is_floating_point() and t.dtype not in _DTYPES for t in given):
+        return False
+    return all(_device_serves(tensor.device) for tensor in given)
+
+
+def sort_routes(
+    ids_SK: Int[Tensor, "S K"], weights_SK: Float[Tensor, "S K"], n_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The routes in the order of their experts, then slots; slots without a route (id n_experts) come last.
+
+    Args:
+        ids_SK: int32 in [0, n_experts]. weights_SK: routing weights, float32.
+    Returns:
+        The fields of permute.Order: slot_of_row_R, row_of_slot_SK, group_sizes_e, row_experts_R, row_weights_R.
+    """
+    ids_SK, weights_SK = ids_SK.contiguous(), weights_SK.contiguous()
+    n_rows = ids_SK.numel()
+    count, scan, place = plan.sort_routes(n_rows, n_experts)
+    blocks = plan.slot_blocks(n_rows)
+    counts_BN = _empty(ids_SK, blocks, plan.count_width(n_experts))
+    before_BN = torch.empty_like(counts_BN)
+    slot_of_row_R, row_experts_R, row_weights_R = (_empty(t, n_rows) for t in (ids_SK, ids_SK, weights_SK))
+    row_of_slot_SK, group_sizes_e = torch.empty_like(ids_SK), _empty(ids_SK, n_experts)
+    run(count, ids_SK, n_rows, counts_BN)
+    run(scan, counts_BN, blocks, before_BN, group_sizes_e)
+    outputs = slot_of_row_R, row_of_slot_SK, row_experts_R, row_weights_R
+    run(place, ids_SK, weights_SK, before_BN, group_sizes_e, n_rows, *outputs)
+    return slot_of_row_R, row_of_slot_SK, group_sizes_e, row_experts_R, row_weights_R
+
+
+def gather_rows(x_SD: Float[Tensor, "S D"], slot_of_row_R: Int[Tensor, " R"], k: int) -> Tensor:
+    """[R, D]: row r is x[slot_of_row[r] // k]."""
+    rows_RD = _empty(x_SD, len(slot_of_row_R), x_SD.shape[1])
+    launch = plan.gather_rows(*rows_RD.shape[:1], k, x_SD.shape[1])
+    run(launch, x_SD.contiguous(), slot_of_row_R.contiguous(), len(slot_of_row_R), rows_RD)
+    return rows_RD
+
+
+def sum_slots(
+    rows_RD: Float[Tensor, "R D"],
+    row_of_slot_SK: Int[Tensor, "S K"],
+    *,
+    bias_eD: Float[Tensor, "e D"] | None = None,
+    row_experts_R: Int[Tensor, " R"] | None = None,
+    row_weights_R: Float[Tensor, " R"] | None = None,
+    after: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[S, D]: the sum of each token's rows in the order of its slots, in float32, rounded once.
+
+    Args:
+        rows_RD: rows of the tail are never read.
+        row_of_slot_SK: int32, -1 for no row.
+        bias_eD: added to each row by its expert (row_experts_R), times row_weights_R unless `after`; rounded.
+        row_weights_R: float32 weights of the bias or, with `after`, of the rows. dtype: of the result.
+    """
+    weighted = row_weights_R is not None
+    weight_bias = bias_eD is not None and weighted and not after
+    (S, K), D = row_of_slot_SK.shape, rows_RD.shape[1]
+    y_SD = torch.empty(S, D, dtype=dtype or rows_RD.dtype, device=rows_RD.device)
+    rows_RD, row_of_slot_SK = rows_RD.contiguous(), row_of_slot_SK.contiguous()
+    launch = plan.sum_slots(S, K, D, bias_eD is not None, weight_bias, weighted and after)
+    run(launch, rows_RD, row_of_slot_SK, *_given(rows_RD, bias_eD, row_experts_R, row_weights_R), S, y_SD)
+    return y_SD
+
+
+def activate_rows(
+    hidden_RU: Float[Tensor, "R U"],
+    row_weights_R: Float[Tensor, " R"] | None,
+    activation: Activation,
+    *,
+    bias_eU: Float[Tensor, "e U"] | None = None,
+    row_experts_R: Int[Tensor, " R"] | None = None,
+) -> Tensor:
+    """[R, I]: activation times weight in float32, rounded once; hidden plus its bias is rounded first."""
+    hidden_RU = hidden_RU.contiguous()
+    n_rows, inter_dim = len(hidden_RU), hidden_RU.shape[1] // activation.up_width(1)
+    act_RI = _empty(hidden_RU, n_rows, inter_dim)
+    launch = plan.activate_rows(n_rows, inter_dim, activation, _count(bias_eU), row_weights_R is not None)
+    run(launch, hidden_RU, *_given(hidden_RU, bias_eU, row_experts_R, row_weights_R), n_rows, act_RI)
+    return act_RI
+
+
+def activate_rows_backward(
+    dact_RI: Float[Tensor, "R I"],
+    hidden_RU: Float[Tensor, "R U"],
+    row_weights_R: Float[Tensor, " R"] | None,
+    activation: Activation,
+    *,
+    bias_eU: Float[Tensor, "e U"] | None = None,
+    row_experts_R: Int[Tensor, " R"] | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(dhidden_RU, rounded once; drow_weights_R in float32, None without weights).
+
+    in_place: dhidden is written over hidden, where that is contiguous.
+    """
+    dact_RI, hidden_RU = dact_RI.contiguous(), hidden_RU.contiguous()
+    n_rows, inter_dim = dact_RI.shape
+    dhidden_RU = hidden_RU if in_place else torch.empty_like(hidden_RU)
+    drow_weights_R = None if row_weights_R is None else torch.empty_like(row_weights_R)
+    launch = plan.activate_rows_backward(n_rows, inter_dim, activation, _count(bias_eU), row_weights_R is not None)
+    inputs = dact_RI, hidden_RU, *_given(hidden_RU, bias_eU, row_experts_R, row_weights_R)
+    run(launch, *inputs, n_rows, dhidden_RU, *_given(hidden_RU, drow_weights_R))
+    return dhidden_RU, drow_weights_R
+
+
+def sum_rows(
+    values_RF: Float[Tensor, "R F"],
+    group_sizes_e: Int[Tensor, " e"],
+    row_weights_R: Float[Tensor, " R"] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[e, F]: each expert's rows, times their weights in float32 where given, added in float64, rounded to `dtype`.
+
+    Rows past sum(group_sizes_e) are not read. `dtype` is that of values_RF by default.
+    """
+    values_RF, group_sizes_e = values_RF.contiguous(), group_sizes_e.contiguous()
+    (n_rows, F), n_experts = values_RF.shape, len(group_sizes_e)
+    sums_eF = torch.empty(n_experts, F, dtype=dtype or values_RF.dtype, device=values_RF.device)
+    parts_PF = torch.empty(plan.parts(n_rows, n_experts), F, dtype=torch.float64, device=values_RF.device)
+    sum_parts, join_parts = plan.sum_rows(n_rows, n_experts, F, row_weights_R is not None)
+    run(sum_parts, values_RF, group_sizes_e, *_given(values_RF, row_weights_R), parts_PF)
+    run(join_parts, parts_PF, group_sizes_e, sums_eF)
+    return sums_eF
+
+
+def dot_rows(
+    values_RF: Float[Tensor, "R F"], bias_eF: Float[Tensor, "e F"], row_experts_R: Int[Tensor, " R"]
+) -> Tensor:
+    """[R] float32: each row times the bias of its expert; 0 for rows without one, which are not read."""
+    dots_R = torch.empty(len(values_RF), dtype=torch.float32, device=values_RF.device)
+    launch = plan.dot_rows(len(values_RF), *bias_eF.shape)
+    inputs = values_RF.contiguous(), bias_eF.contiguous(), row_experts_R.contiguous()
+    run(launch, *inputs, len(values_RF), dots_R)
+    return dots_R
+
+
+def run(launch: plan.Launch, *arguments: Any) -> None:
+    """Play one launch on the device of its first argument."""
+    if not launch.programs:
+        return
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _kernel(launch.kernel)[(launch.programs,)](*arguments, **launch.constants, **launch.options())
+
+
+@cache
+def _kernel(name: str) -> Any:
+    file, function = name.split(".")
+    return getattr(import_module(f"moebius.core.kernels.{file}"), function)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _device_serves(device: torch.device) -> bool:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _count(bias: Tensor | None) -> int | None:
+    return None if bias is None else len(bias)
+
+
+def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """The tensors, contiguous; for one that is left out any pointer, which the kernel does not read."""
+    return [stand_in if tensor is None else tensor.contiguous() for tensor in tensors]
