@@ -7,7 +7,7 @@ are each other's derivatives. So autograd, double backward and torch.compile wor
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,23 +17,27 @@ from torch.nn import functional as F
 from moebius.core import checks
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend.checks import check_group_sizes
+from moebius.torch_frontend.operators import call, differentiate
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 _ANY = ""  # operators take no optional string
+_WITH = "+"  # between a backend's name and what the caller's context asks of it
 
 
 class Kernels(NamedTuple):
-    """One backend of the grouped matmul.
+    """One backend of the grouped matmul, for at least one row and one expert.
 
     Attributes:
-        product: (rows [R, D], weight [e, D, F] in any layout, group_sizes [e]) -> [R, F]; rows past the end zero.
-        weight_gradient: (rows [R, D], dout [R, F], group_sizes [e]) -> [e, D, F]; empty experts zero.
+        prepare: group_sizes [e] -> what the two others take for them, made once for several products.
+        product: (rows [R, D], weight [e, D, F] in any layout, prepared) -> [R, F]; rows past the end hold anything.
+        weight_gradient: (rows [R, D], dout [R, F], prepared) -> [e, D, F]; empty experts zero.
     """
 
-    product: Callable[[Tensor, Tensor, Tensor], Tensor]
-    weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
+    prepare: Callable[[Tensor], Any]
+    product: Callable[[Tensor, Tensor, Any], Tensor]
+    weight_gradient: Callable[[Tensor, Tensor, Any], Tensor]
 
 
 def grouped_matmul(
@@ -61,18 +65,32 @@ def grouped_matmul(
     """
     checks.grouped_matmul(rows_RD, weight_eDF, group_sizes_e)
     check_group_sizes(group_sizes_e, rows_RD.shape[0])
+    told = in_context(backend)
+    if _WITH in told:  # there a transposed view says that an input gradient is asked for
+        weight_eDF = weight_eDF.contiguous()
     # Resolved inside the operator, at run time, so that torch.compile does not trace the registry.
-    out_RF: Tensor = _product(rows_RD, weight_eDF, group_sizes_e, backend or _ANY)
+    out_RF: Tensor = call(_product, rows_RD, weight_eDF, group_sizes_e, told)
     return out_RF
 
 
-def linear(x: Tensor, weight_FD: Float[Tensor, "F D"], bias_F: Float[Tensor, " F"] | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight_FD: Float[Tensor, "F D"],
+    bias_F: Float[Tensor, " F"] | None = None,
+    *,
+    autocast: bool = True,
+) -> Tensor:
     """x @ weight^T + bias in x's dtype, with the output-major weight of dense projections cast to it.
 
     Args:
         x: [..., D]. weight_FD: [F, D]. bias_F: [F] or None.
+        autocast: inside torch.autocast compute in its dtype, as torch.nn.Linear does; False for x's dtype there too.
     """
-    return F.linear(x, weight_FD.to(x.dtype), None if bias_F is None else bias_F.to(x.dtype))
+    bias_F = None if bias_F is None else bias_F.to(x.dtype)
+    if autocast or not torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight_FD.to(x.dtype), bias_F)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight_FD.to(x.dtype), bias_F)
 
 
 def choose(backend: str | None, rows: Tensor, weight_shape: Any) -> Backend:
@@ -107,7 +125,8 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def _product(rows: Tensor, weight: Tensor, group_sizes: Tensor, backend: str) -> Tensor:
     if 0 in (rows.shape[0], weight.shape[0]):
         return rows.new_zeros(rows.shape[0], weight.shape[2])
-    return _kernels(backend, rows, weight.shape).product(rows, weight, group_sizes)
+    chosen = kernels(backend, rows, weight.shape)
+    return _zero_past_end(chosen.product(rows, weight, chosen.prepare(group_sizes)), group_sizes)
 
 
 @torch.library.custom_op(
@@ -119,7 +138,8 @@ def _weight_gradient(rows: Tensor, dout: Tensor, group_sizes: Tensor, backend: s
     if 0 in (rows.shape[0], group_sizes.shape[0]):
         return rows.new_zeros(group_sizes.shape[0], rows.shape[1], dout.shape[1])
     shape = group_sizes.shape[0], rows.shape[1], dout.shape[1]
-    return _kernels(backend, rows, shape).weight_gradient(rows, dout, group_sizes)
+    chosen = kernels(backend, rows, shape)
+    return chosen.weight_gradient(rows, dout, chosen.prepare(group_sizes))
 
 
 @_product.register_fake
@@ -140,39 +160,91 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) 
 def _product_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     rows, weight, group_sizes = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    drows = _product(dout, weight.mT, group_sizes, ctx.backend) if needs[0] else None
-    dweight = _weight_gradient(rows, dout, group_sizes, ctx.backend) if needs[1] else None
+    drows = call(_product, dout, weight.mT, group_sizes, ctx.backend) if needs[0] else None
+    dweight = call(_weight_gradient, rows, dout, group_sizes, ctx.backend) if needs[1] else None
     return drows, dweight, None, None
 
 
 def _weight_gradient_backward(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     rows, dout, group_sizes = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    drows = _product(dout, dweight.mT, group_sizes, ctx.backend) if needs[0] else None
-    ddout = _product(rows, dweight, group_sizes, ctx.backend) if needs[1] else None
+    drows = call(_product, dout, dweight.mT, group_sizes, ctx.backend) if needs[0] else None
+    ddout = call(_product, rows, dweight, group_sizes, ctx.backend) if needs[1] else None
     return drows, ddout, None, None
 
 
-_product.register_autograd(_product_backward, setup_context=_save)
-_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)
+differentiate(_product, _product_backward, _save)
+differentiate(_weight_gradient, _weight_gradient_backward, _save)
 
 
-def _kernels(backend: str, rows: Tensor, weight_shape: Any) -> Kernels:
-    chosen = choose(None if backend == _ANY else backend, rows, weight_shape)
-    kernels: Kernels = BACKENDS.implementation(chosen)
-    return kernels
+def in_context(backend: str | None) -> str:
+    """What the operators are told of `backend`: its name, "" for the first that serves, and what surrounds the caller.
+
+    Transformer Engine's autocast is closed when the backward pass runs, so its recipe travels with the name.
+    """
+    if backend != "te":
+        return backend or _ANY
+    from moebius.torch_frontend import matmul_te_fp8
+
+    recipe = matmul_te_fp8.asked()
+    return f"{backend}{_WITH}{recipe}" if recipe else backend
+
+
+def kernels(backend: str, rows: Tensor, weight_shape: Any) -> Kernels:
+    """The kernels of a backend, told as `in_context` does, for `rows` and a weight of shape [e, D, F]."""
+    name, _, recipe = backend.partition(_WITH)
+    chosen = choose(None if name == _ANY else name, rows, weight_shape)
+    implementation: Kernels = BACKENDS.implementation(chosen)
+    return _quantised(recipe) if recipe else implementation
+
+
+def _quantised(recipe: str) -> Kernels:
+    from moebius.torch_frontend import matmul_te_fp8 as backend
+
+    prepare = partial(backend.prepare, recipe=backend.recipe_of(recipe))
+    return Kernels(prepare, backend.product, backend.weight_gradient)
+
+
+def _zero_past_end(out: Tensor, group_sizes: Tensor) -> Tensor:
+    end = group_sizes.sum(dtype=torch.int32)
+    if out.device.type == "cpu":
+        out[int(end) :].zero_()
+        return out
+    rows = torch.arange(out.shape[0], device=out.device, dtype=torch.int32)
+    return out.masked_fill_((rows >= end)[:, None], 0.0)
 
 
 def _load_grouped_mm() -> Kernels:
     from moebius.torch_frontend import matmul_grouped_mm as backend
 
-    return Kernels(backend.product, backend.weight_gradient)
+    return Kernels(backend.prepare, backend.product, backend.weight_gradient)
 
 
 def _load_loop() -> Kernels:
     from moebius.torch_frontend import matmul_loop as backend
 
-    return Kernels(backend.product, backend.weight_gradient)
+    return Kernels(backend.prepare, backend.product, backend.weight_gradient)
+
+
+def _load_te() -> Kernels:
+    from moebius.torch_frontend import matmul_te as backend
+
+    backend.check_version()
+    return Kernels(backend.prepare, backend.product, backend.weight_gradient)
+
+
+def _load_gmm() -> Kernels:
+    from moebius.torch_frontend import matmul_gmm as backend
+
+    backend.load()
+    return Kernels(backend.prepare, backend.product, backend.weight_gradient)
+
+
+def _load_mxfp8() -> Kernels:
+    from moebius.torch_frontend import matmul_mxfp8 as backend
+
+    backend.load()
+    return Kernels(backend.prepare, backend.product, backend.weight_gradient)
 
 
 def _grouped_mm_supports(problem: Problem) -> str | None:
@@ -180,6 +252,36 @@ def _grouped_mm_supports(problem: Problem) -> str | None:
         return "torch's grouped_mm has no float64"
     if problem.device == "cuda" and problem.n_experts >= 1024:
         return f"torch's grouped_mm takes fewer than 1024 experts on CUDA, not {problem.n_experts}"
+    return None
+
+
+def _te_supports(problem: Problem) -> str | None:
+    if problem.dtype == "float64":
+        return "Transformer Engine has no float64"
+    return _cuda("Transformer Engine", problem, (8, 0))
+
+
+def _gmm_supports(problem: Problem) -> str | None:
+    if problem.dtype != "bfloat16":
+        return f"grouped_gemm takes bfloat16, not {problem.dtype}"
+    return _cuda("grouped_gemm", problem, (8, 0))
+
+
+def _mxfp8_supports(problem: Problem) -> str | None:
+    if problem.dtype != "bfloat16":
+        return f"torchao's MXFP8 takes bfloat16, not {problem.dtype}"
+    if problem.dim % 32 or problem.inter_dim % 32:  # of the other projection it is asked as it runs
+        return f"MXFP8 takes widths that are multiples of 32, not D={problem.dim}, I={problem.inter_dim}"
+    return _cuda("MXFP8", problem, (10, 0))
+
+
+def _cuda(what: str, problem: Problem, least: tuple[int, int]) -> str | None:
+    """Why a package for CUDA does not serve; the meta device may become one that it serves."""
+    if problem.device not in ("cuda", "meta"):
+        return f"{what} computes on CUDA, not on {problem.device}"
+    if problem.capability is not None and problem.capability < least:
+        wanted, found = (".".join(map(str, pair)) for pair in (least, problem.capability))
+        return f"{what} needs CUDA compute capability {wanted}, not {found}"
     return None
 
 
@@ -191,4 +293,33 @@ BACKENDS.add(
     note="torch.nn.functional.grouped_mm: CUTLASS on Hopper in bfloat16",
 )
 BACKENDS.add(name="loop", load=_load_loop, reads_host=True, note="one matmul per expert; any dtype, float64 too")
-BACKENDS.add_unbuilt("gmm", "te", "triton", "torch_mm_mxfp8")
+BACKENDS.add(
+    name="te",
+    load=_load_te,
+    needs=("transformer_engine",),
+    install="pip install --no-build-isolation 'transformer-engine[pytorch]'",
+    supports=_te_supports,
+    only_when_named=True,
+    reads_host=True,
+    note="Transformer Engine's grouped GEMM; FP8 inside its autocast; float32 in TF32, where PyTorch allows that",
+)
+BACKENDS.add(
+    name="gmm",
+    load=_load_gmm,
+    needs=("grouped_gemm",),
+    install="pip install --no-build-isolation grouped_gemm",
+    supports=_gmm_supports,
+    only_when_named=True,
+    reads_host=True,
+    note="the grouped_gemm package",
+)
+BACKENDS.add(
+    name="torch_mm_mxfp8",
+    load=_load_mxfp8,
+    needs=("torchao",),
+    install="pip install torchao",
+    supports=_mxfp8_supports,
+    only_when_named=True,
+    note="torchao's prototype; gradients of weights in bfloat16",
+)
+BACKENDS.add_unbuilt("triton")

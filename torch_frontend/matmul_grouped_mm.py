@@ -1,7 +1,7 @@
 """Backend "grouped_mm": torch.nn.functional.grouped_mm, with its rules kept inside.
 
-It asks for strides of 16 bytes, refuses expanded gradients and leaves rows past the last group unwritten (measured:
-torch 2.13, CPU); here widths are padded, operands laid out, and the tail is zeroed.
+It asks for strides of 16 bytes and refuses expanded gradients (measured: torch 2.13, CPU); here widths are padded and
+operands laid out.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch.nn import functional as F
 _STRIDE_BYTES = 16
 
 
-def product(rows: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+def prepare(group_sizes: Tensor) -> Tensor:
+    """[e] int32: the row after each group's last; see Kernels.prepare."""
+    return group_sizes.cumsum(0, dtype=torch.int32)
+
+
+def product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """[R, F]; see Kernels.product."""
-    width, ends = weight.shape[2], _ends(group_sizes)
+    width = weight.shape[2]
     out = F.grouped_mm(_aligned_rows(rows), _aligned_matrices(weight), offs=ends)
-    out = out[:, :width].contiguous()
-    return _zero_past_end(out, ends)
+    return out[:, :width].contiguous()
 
 
-def weight_gradient(rows: Tensor, dout: Tensor, group_sizes: Tensor) -> Tensor:
+def weight_gradient(rows: Tensor, dout: Tensor, ends: Tensor) -> Tensor:
     """[e, D, F]; see Kernels.weight_gradient."""
     n_in, n_out = rows.shape[1], dout.shape[1]
-    dweight = F.grouped_mm(_aligned_rows(rows).T, _aligned_rows(dout), offs=_ends(group_sizes))
+    dweight = F.grouped_mm(_aligned_rows(rows).T, _aligned_rows(dout), offs=ends)
     return dweight[:, :n_in, :n_out].contiguous()
-
-
-def _ends(group_sizes: Tensor) -> Tensor:
-    return group_sizes.cumsum(0, dtype=torch.int32)
 
 
 def _excess(width: int, dtype: torch.dtype) -> int:
@@ -49,11 +49,3 @@ def _aligned_matrices(weight: Tensor) -> Tensor:
     if weight.mT.is_contiguous():
         return weight
     return weight.contiguous()
-
-
-def _zero_past_end(out: Tensor, ends: Tensor) -> Tensor:
-    if out.device.type == "cpu":
-        out[int(ends[-1]) :].zero_()
-        return out
-    rows = torch.arange(out.shape[0], device=out.device, dtype=torch.int32)
-    return out.masked_fill_((rows >= ends[-1])[:, None], 0.0)
