@@ -1,37 +1,46 @@
 """`python -m benchmarks`: the benchmarks that run on this machine's CPU, as tables of ratios.
 
 Compared in one process and one run: the runs of all candidates are interleaved, and the figure is the median.
-`calibration` and `compare` measure the numerics report itself.
+`calibration` and `compare` measure the numerics report itself. A GPU's benchmarks run one at a time, by name, and have
+options of their own: `python -m benchmarks gpu_experts --help`.
 """
 
 from __future__ import annotations
 
 import argparse
-
-from benchmarks.harness import heading, two_threads
-
-two_threads()  # before the frameworks start theirs
-
-from benchmarks import calibration, cpu_compare, cpu_experts, cpu_matmul  # noqa: E402
+import sys
+from importlib import import_module
 
 SUITES = {
-    "matmul": cpu_matmul.main,
-    "experts": cpu_experts.main,
-    "calibration": calibration.main,
-    "compare": cpu_compare.main,
+    "matmul": "cpu_matmul",
+    "experts": "cpu_experts",
+    "calibration": "calibration",
+    "compare": "cpu_compare",
 }
+GPU_SUITES = ("gpu_experts",)
 
 
-def main() -> None:
-    """Run the suites that were named, or all."""
+def main() -> int:
+    """Run the suites that were named, or all; or the GPU's that was."""
+    if len(sys.argv) > 1 and sys.argv[1] in GPU_SUITES:
+        return int(import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", nargs="*", choices=[[], *SUITES], default=[], help="which; all by default")
     parser.add_argument("--runs", type=int, default=9, help="interleaved runs of each candidate (default 9)")
     arguments = parser.parse_args()
+    _on_the_cpu(arguments.suite or list(SUITES), arguments.runs)
+    return 0
+
+
+def _on_the_cpu(names: list[str], runs: int) -> None:
+    from benchmarks.harness import heading, two_threads
+
+    two_threads()  # before the frameworks start theirs
+    suites = [import_module(f"benchmarks.{SUITES[name]}") for name in names]
     print(heading())
-    for name in arguments.suite or SUITES:
-        SUITES[name](arguments.runs)
+    for suite in suites:
+        suite.main(runs)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""One run of the GPU benchmark: every candidate built, checked, weighed, and timed in turns."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_check, gpu_problem
+from benchmarks.gpu_floors import Ceilings, compute_floor, kernel_floor
+from benchmarks.gpu_meter import Meter, clear
+from benchmarks.gpu_problem import Candidate, Problem, Routing, Shape
+from benchmarks.gpu_tables import PASSES, Figures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A candidate of the tables.
+
+    Attributes:
+        kind: "ours" and "peer" enter the ratios, "reference" does not.
+        module: in benchmarks.peers; its `build` takes the problem and `options`.
+        default: whether it runs without being named.
+        skew: whether it also runs with skewed routing.
+    """
+
+    title: str
+    kind: str
+    module: str
+    options: Mapping[str, Any]
+    default: bool = True
+    skew: bool = False
+
+
+class DeviceLost(RuntimeError):
+    """The device answers no more; nothing after this could be measured."""
+
+
+@dataclass(kw_only=True)
+class Lane:
+    """A row on one shape: what was found, and milliseconds by pass and round. No candidate: it is out."""
+
+    row: Row
+    result: dict[str, Any]
+    candidate: Candidate | None = None
+
+    def leaves(self, problem: Problem, routing: Routing) -> list[Tensor]:
+        """Everything that a backward pass leaves a gradient in."""
+        own = () if self.candidate is None else self.candidate.parameters
+        return [problem.x, routing.weights, *own]
+
+
+class Bench:
+    """One run over shapes. `figures` holds everything found so far, ready for JSON.
+
+    Args:
+        meter: of the device. rows: the candidates, by key. shapes: sizes, by key.
+        options: runs, rounds, budget, skew, inference; see benchmarks.gpu_experts.
+        say: takes a line of progress.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        rows: Mapping[str, Row],
+        shapes: Mapping[str, Shape],
+        options: argparse.Namespace,
+        say: Callable[[str], object] = print,
+    ):
+        self.meter, self.rows, self.shapes, self.options, self.say = meter, rows, shapes, options, say
+        self.started = time.monotonic()
+        self.figures: Figures = {
+            "machine": _machine(),
+            "options": vars(options),
+            "rows": {key: row.title for key, row in rows.items()},
+            "skew_exponent": options.skew,
+            "ceilings": [],
+            "shapes": {},
+            "results": [],
+            "skew": [],
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
+
+    def ceilings(self) -> None:
+        """Measure the device's rates once more; the floors take the best that was seen."""
+        found = self.meter.ceilings()
+        self.figures["ceilings"].append(asdict(found))
+        self.say(f"ceilings: {found.flops / 1e12:.4g} TFLOP/s, {found.bytes / 1e9:.4g} GB/s")
+        best = Ceilings(**{name: max(c[name] for c in self.figures["ceilings"]) for name in asdict(found)})
+        for key, shape in self.figures["shapes"].items():
+            shape["floors"] = _floors(self.shapes[key], best)
+
+    def run(self, key: str) -> None:
+        """Build, check and time every candidate on one shape.
+
+        Raises:
+            DeviceLost: a candidate broke the device.
+        """
+        self.meter.fresh()
+        shape = self.shapes[key]
+        entry = {**asdict(shape), "weight_bytes": shape.weight_bytes(), "least_bytes": shape.least_bytes()}
+        entry["floors"] = _floors(shape, Ceilings(**self.figures["ceilings"][-1]))
+        self.figures["shapes"][key] = entry
+        problem = gpu_problem.draw(shape, self.meter.device)
+        expected = gpu_check.reference(problem)
+        lanes = [Lane(row=row, result={"shape": key, "row": name, "kind": row.kind}) for name, row in self.rows.items()]
+        self.figures["results"] += [lane.result for lane in lanes]
+        for lane in lanes:
+            self._try(lane, "built", partial(self._prepare, lane, problem, expected))
+        self._rounds(lanes, problem, problem.routing)
+        if self.options.skew:
+            self._skewed(lanes, problem, entry)
+
+    def _prepare(self, lane: Lane, problem: Problem, expected: gpu_check.Reference) -> None:
+        """Build; the first call against the reference; then memory and host synchronisations of a warm one."""
+        start = time.perf_counter()
+        candidate = import_module(f"benchmarks.peers.{lane.row.module}").build(problem, **lane.row.options)
+        lane.candidate = candidate
+        leaves = lane.leaves(problem, problem.routing)
+        clear(leaves)
+        self.meter.poison()
+        y = candidate.call(problem.x, problem.routing.weights, problem.routing.indices)
+        y.backward(problem.dy)
+        self.meter.wait()
+        lane.result |= {"note": candidate.note, "first_s": time.perf_counter() - start}
+        lane.result["errors"] = gpu_check.errors(problem, expected, candidate, y.detach())
+        del y
+        gpu_check.require(lane.result["errors"])
+        forward, both = self._passes(candidate, problem, problem.routing)
+        both()
+        memory = self.meter.memory(self._call(candidate, problem, problem.routing), problem.dy, leaves)
+        lane.result["memory"] = {} if memory is None else memory._asdict()
+        lane.result["syncs"] = {"forward": self.meter.syncs(forward), "both": self.meter.syncs(both)}
+        clear(leaves)
+        worst = max(lane.result["errors"].items(), key=lambda item: float(item[1]))
+        self.say(
+            f"  {lane.row.title}: {candidate.note}; first call {lane.result['first_s']:.1f} s, "
+            f"relative error {worst[1]:.1e} ({worst[0]})"
+        )
+
+    def _call(self, candidate: Candidate, problem: Problem, routing: Routing) -> Callable[[], Tensor]:
+        return lambda: candidate.call(problem.x, routing.weights, routing.indices)
+
+    def _passes(self, candidate: Candidate, problem: Problem, routing: Routing) -> list[Callable[[], object]]:
+        """What is timed, by PASSES: forward, as in training unless asked otherwise; forward and backward."""
+        call = self._call(candidate, problem, routing)
+
+        def forward() -> object:
+            with torch.no_grad() if self.options.inference else nullcontext():
+                return call()
+
+        return [forward, lambda: call().backward(problem.dy)]
+
+    def _rounds(self, lanes: Sequence[Lane], problem: Problem, routing: Routing) -> None:
+        """Time all lanes in turn, back and forth; then the medians."""
+        samples: dict[tuple[str, str], list[list[float]]] = {}
+        for turn in range(self.options.rounds):
+            for lane in list(lanes)[:: -1 if turn % 2 else 1]:
+                if lane.candidate is not None:
+                    self._try(lane, "timed", partial(self._time, lane, problem, routing, samples))
+        for lane in lanes:
+            for name in PASSES:
+                rounds = samples.get((lane.result["row"], name))
+                if rounds:
+                    lane.result[name] = _summary(rounds, problem.shape.flops(name == "both"))
+            if all(name in lane.result for name in PASSES):
+                self.say(f"  {lane.row.title}: " + ", ".join(f"{lane.result[name]['ms']:.3f} ms" for name in PASSES))
+
+    def _time(
+        self, lane: Lane, problem: Problem, routing: Routing, samples: dict[tuple[str, str], list[list[float]]]
+    ) -> None:
+        assert lane.candidate is not None
+        leaves = lane.leaves(problem, routing)
+        for name, call in zip(PASSES, self._passes(lane.candidate, problem, routing), strict=True):
+            found = self.meter.times(call, leaves, self.options.runs)
+            samples.setdefault((lane.result["row"], name), []).append(found)
+
+    def _skewed(self, lanes: Sequence[Lane], problem: Problem, entry: dict[str, Any]) -> None:
+        """The same weights with experts of unequal popularity, for the rows that ask for it."""
+        routing = gpu_problem.route(problem.shape, self.meter.device, zipf=self.options.skew)
+        sizes = torch.bincount(routing.indices.flatten(), minlength=problem.shape.n_experts)
+        entry["busiest"] = float(sizes.max()) * problem.shape.n_experts / problem.shape.rows
+        self.say(f"  skewed: the busiest expert has {entry['busiest']:.1f} times the mean")
+        there = [lane for lane in lanes if lane.row.skew and lane.candidate is not None]
+        keys = ("shape", "row", "kind")
+        skewed = [
+            Lane(row=lane.row, candidate=lane.candidate, result={key: lane.result[key] for key in keys})
+            for lane in there
+        ]
+        self.figures["skew"] += [lane.result for lane in skewed]
+        self._rounds(skewed, problem, routing)
+
+    def _try(self, lane: Lane, step: str, action: Callable[[], object]) -> None:
+        """Whatever goes wrong with one candidate is its reason, not the end of the run."""
+        try:
+            if self.seconds > self.options.budget:
+                raise TimeoutError(f"not {step}, the run's {self.options.budget:g} s were over")
+            action()
+            return
+        except Exception as error:
+            lane.result["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            lane.result["traceback"] = traceback.format_exc()
+            lane.candidate = None
+        # Outside of the handler, whose traceback holds the candidate's tensors.
+        self.say(f"  {lane.row.title}: not {step}: {lane.result['reason']}")
+        try:
+            self.meter.wait()
+            self.meter.release()
+        except Exception as error:
+            raise DeviceLost(f"the device fails after {lane.row.title}: {error}") from error
+
+
+def _floors(shape: Shape, ceilings: Ceilings) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in PASSES:
+        backward = name == "both"
+        ms = {"compute": compute_floor(shape, backward, ceilings), "kernel": kernel_floor(shape, backward, ceilings)}
+        found[name] = {f"{kind}_ms": value for kind, value in ms.items()}
+        found[name] |= {f"{kind}_tflops": shape.flops(backward) / value / 1e9 for kind, value in ms.items()}
+    return found
+
+
+def _summary(rounds: list[list[float]], flops: float) -> dict[str, Any]:
+    """Median over all rounds; drift: the medians of the rounds, largest over smallest, less one."""
+    every = sorted(ms for times in rounds for ms in times)
+    medians = [statistics.median(times) for times in rounds]
+    middle = statistics.median(every)
+    return {
+        "ms": middle,
+        "tflops": flops / middle / 1e9,
+        "rounds_ms": medians,
+        "drift": max(medians) / min(medians) - 1,
+        "low_ms": every[len(every) // 5],
+        "high_ms": every[len(every) * 4 // 5],
+        "runs": len(every),
+    }
+
+
+def _machine() -> dict[str, str]:
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        found = {"GPU": torch.cuda.get_device_name(), **found, "CUDA": str(torch.version.cuda)}
+    return found

@@ -1,0 +1,103 @@
+"""Is a candidate right? Before it is timed, its output and gradients against float64 on a slice of the layer.
+
+The slice: 64 tokens (y, dx, gradient of their routing weights) and two experts' whole weight gradients, the busiest
+and the idlest. All of y and dx must be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.gpu_problem import Candidate, Problem
+
+TOLERANCE = 0.02  # bfloat16 operands give 1e-3 to 1e-2; a wrong row, expert or weight gives 0.1 and more
+N_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """Float64 values of a slice: of `tokens`, and of each expert in `experts` its weight gradients."""
+
+    tokens: Tensor
+    y: Tensor
+    dx: Tensor
+    dweights: Tensor
+    experts: dict[int, tuple[Tensor, Tensor]]
+
+
+def reference(problem: Problem) -> Reference:
+    """Each expert over its rows in float64, by autograd."""
+    indices, n_tokens = problem.routing.indices, problem.shape.tokens
+    chosen = torch.linspace(0, n_tokens - 1, min(N_TOKENS, n_tokens), device=indices.device).long()
+    y, dx = (torch.zeros(len(chosen), problem.shape.dim, dtype=torch.float64, device=chosen.device) for _ in range(2))
+    dweights = torch.zeros(len(chosen), problem.shape.k, dtype=torch.float64, device=chosen.device)
+    for expert in range(problem.shape.n_experts):
+        at, slot = (indices[chosen] == expert).nonzero(as_tuple=True)
+        if len(at):
+            part, (dx_part, dw_part, _, _) = _expert(problem, expert, chosen[at], slot)
+            y.index_add_(0, at, part)
+            dx.index_add_(0, at, dx_part)
+            dweights[at, slot] = dw_part
+    sizes = torch.bincount(indices.flatten(), minlength=problem.shape.n_experts)
+    experts = {}
+    for expert in {int(sizes.argmax()), int(sizes.argmin())}:
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        experts[expert] = _expert(problem, expert, token, slot)[1][2:]
+    return Reference(tokens=chosen, y=y, dx=dx, dweights=dweights, experts=experts)  # type: ignore[arg-type]
+
+
+def errors(problem: Problem, expected: Reference, candidate: Candidate, y: Tensor) -> dict[str, float]:
+    """Relative error, by norms, of y and of the gradients that a backward pass with dy left behind."""
+    dx, dweights = problem.x.grad, problem.routing.weights.grad
+    assert dx is not None and dweights is not None
+    chosen = expected.tokens
+    found = {
+        "y": _relative(y[chosen], expected.y),
+        "dx": _relative(dx[chosen], expected.dx),
+        "dweights": _relative(dweights[chosen], expected.dweights),
+    }
+    pairs = [(candidate.gradients(expert), due) for expert, due in expected.experts.items()]
+    for at, name in enumerate(("dup", "ddown")):
+        found[name] = max(_relative(gradients[at], due[at]) for gradients, due in pairs)
+    if not all(bool(torch.isfinite(values).all()) for values in (y, dx)):
+        found["values that are not finite"] = float("inf")
+    return found
+
+
+def require(found: dict[str, float]) -> None:
+    """Refuse a candidate that is wrong.
+
+    Raises:
+        ValueError: a relative error above TOLERANCE, or NaN.
+    """
+    wrong = ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= TOLERANCE)
+    if wrong:
+        raise ValueError(f"relative errors against float64 above {TOLERANCE}: {wrong}")
+
+
+def _expert(problem: Problem, expert: int, token: Tensor, slot: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One expert's weighted output for some of its rows, and the gradients of x, weight, up and down."""
+    leaves = [
+        values.detach().double().requires_grad_()
+        for values in (
+            problem.x[token],
+            problem.routing.weights[token, slot],
+            problem.up[expert],
+            problem.down[expert],
+        )
+    ]
+    x_RD, weight_R, up_DU, down_ID = leaves
+    gate_RI, value_RI = (x_RD @ up_DU).chunk(2, dim=-1)
+    y_RD = (F.silu(gate_RI) * value_RI) @ down_ID * weight_R[:, None]
+    return y_RD.detach(), torch.autograd.grad(y_RD, leaves, problem.dy[token].double())
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; of zeros 0 where they are zeros, else inf; NaN is inf."""
+    apart, size = float((found.double() - expected).norm()), float(expected.norm())
+    ratio = apart / size if size else (0.0 if apart == 0.0 else float("inf"))
+    return ratio if ratio == ratio else float("inf")
