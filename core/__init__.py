@@ -30,6 +30,7 @@ from moebius.core.errors import (
     MoEWarning,
     RoutingError,
     ShapeError,
+    StateDictError,
     Unsupported,
 )
 from moebius.core.routing import ROUTING_RULES, RoutingRule
@@ -49,5 +50,6 @@ __all__ = [
     "RoutingError",
     "RoutingRule",
     "ShapeError",
+    "StateDictError",
     "Unsupported",
 ]

@@ -79,7 +79,9 @@ class MoEConfig(_FromAttributes):
         n_expert_groups, n_limited_groups: G groups, of which a token may use this many; 0 or 1 groups: no limit.
         train_gate: the router's weight takes gradients.
         gate_bias_update_factor: step of the correction bias; 0 for no update.
-        aux_loss_coeff: factor of the load-balancing loss; 0 for none.
+        aux_loss_coeff: factor of the load-balancing loss over all tokens of a call; 0 for none.
+        z_loss_coeff: factor of the z-loss, the mean square of the logits' logsumexp; 0 for none.
+        seq_aux_loss_coeff: factor of the load-balancing loss within each sequence; 0 for none.
         score_func: one of moebius.core.routing.SCORE_FUNCTIONS.
         route_scale: factor of the routing weights, after normalisation.
         inter_dim: hidden width of the model's dense MLP; not used by the experts.
@@ -116,6 +118,8 @@ class MoEConfig(_FromAttributes):
     train_gate: bool = True
     gate_bias_update_factor: float = 0.0
     aux_loss_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
+    seq_aux_loss_coeff: float = 0.0
     score_func: str = "softmax"
     route_scale: float = 1.0
     inter_dim: int | None = None
@@ -162,7 +166,7 @@ class MoEConfig(_FromAttributes):
         for name, least in (("moe_latent_size", 1), ("shared_expert_inter_dim", 0)):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), least)
-        for name in ("gate_bias_update_factor", "aux_loss_coeff"):
+        for name in ("gate_bias_update_factor", *(f"{loss}_coeff" for loss in routing.LOSSES)):
             _number(name, getattr(self, name), least=0.0)
         for name in ("route_scale", "activation_alpha", "activation_limit", "swiglu_limit"):
             _number(name, getattr(self, name))
@@ -234,6 +238,12 @@ class MoEConfig(_FromAttributes):
         return self.dim if self.moe_latent_size is None else self.moe_latent_size
 
     @property
+    def losses(self) -> dict[str, float]:
+        """The router's losses that the config asks for, of moebius.core.routing.LOSSES, with their coefficients."""
+        coefficients = {name: float(getattr(self, f"{name}_coeff")) for name in routing.LOSSES}
+        return {name: coefficient for name, coefficient in coefficients.items() if coefficient > 0}
+
+    @property
     def has_correction_bias(self) -> bool:
         """Whether the gate holds a correction bias."""
         return self.gate_bias_update_factor > 0 or self.force_e_score_correction_bias
@@ -259,6 +269,8 @@ class BackendConfig(_FromAttributes):
         te_fp8: Transformer Engine's FP8 recipe; needs experts or linear "te".
         checks: "full" also checks values (non-finite weights, ids out of range), at the price of reading them;
             None for the environment's MOEBIUS_CHECKS, else "off".
+        double_backward: keep each step of the experts in the autograd graph, so that gradients have gradients, at the
+            price of memory. PyTorch alone; by default the experts are one operator, differentiable once.
         enable_fsdp_optimizations: kept for the original's configs; has no effect here.
 
     Raises:
@@ -276,6 +288,7 @@ class BackendConfig(_FromAttributes):
     gate_precision: Any = None
     te_fp8: Any = None
     checks: Literal["off", "full"] | None = None
+    double_backward: bool = False
     enable_fsdp_optimizations: bool = False
 
     def __post_init__(self) -> None:

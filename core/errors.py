@@ -50,5 +50,9 @@ class CheckpointError(MoEError, ValueError):
     """A checkpoint that is incomplete, damaged, or of a kind that is not known."""
 
 
+class StateDictError(CheckpointError, RuntimeError):
+    """A state dict that a module cannot take; a RuntimeError, as torch's own."""
+
+
 class MoEWarning(UserWarning):
     """Something was accepted that has no effect."""

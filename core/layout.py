@@ -31,9 +31,9 @@ class Parameter:
     zeros: bool = False
 
 
-def experts(config: MoEConfig) -> tuple[Parameter, ...]:
-    """Parameters of the routed experts, in the order in which they are drawn."""
-    n, width, inter = config.n_routed_experts, config.expert_dim, config.moe_inter_dim
+def experts(config: MoEConfig, ranks: int = 1) -> tuple[Parameter, ...]:
+    """Parameters of the routed experts that one of `ranks` ranks holds, in the order in which they are drawn."""
+    n, width, inter = config.n_routed_experts // ranks, config.expert_dim, config.moe_inter_dim
     up, dtype = config.activation.up_width(inter), config.dtype
     weights = (
         Parameter(name="gate_and_up_projs", axes=("E", "D", "U"), shape=(n, width, up), dtype=dtype),

@@ -30,7 +30,15 @@ class Sent(NamedTuple):
 
 @runtime_checkable
 class Dispatcher(Protocol):
-    """Moves tokens to the ranks that hold their experts. State is returned, never stored."""
+    """Moves tokens to the ranks that hold their experts. State is returned, never stored.
+
+    Attributes:
+        ranks: number of ranks that share the experts. rank: which of them this is; of E experts it holds
+            [rank * e, (rank + 1) * e), e = E / ranks.
+    """
+
+    ranks: int
+    rank: int
 
     def dispatch(
         self,
@@ -52,6 +60,9 @@ class Dispatcher(Protocol):
 @dataclass(frozen=True)
 class Local:
     """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
+
+    ranks = 1
+    rank = 0
 
     def dispatch(
         self,

@@ -1,8 +1,8 @@
-"""Steps 3 to 9: the routed experts, as a function and as a module."""
+"""Steps 3 to 9: the routed experts, as a function and as modules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.checks import check_arrays, check_devices, check_values
-from moebius.jax_frontend.dispatch import DISPATCHERS, Dispatcher, Local
+from moebius.jax_frontend.dispatch import DISPATCHERS, Dispatcher, Local, Sent
 from moebius.jax_frontend.dtypes import as_dtype
 from moebius.jax_frontend.matmul import choose, device_of, grouped_matmul
 from moebius.jax_frontend.permute import permute, unpermute
 from moebius.jax_frontend.weights import draw
 
+# (pre-activation [R, U], routing weights [R, 1]) -> [R, I], the product with the weights included.
+WeightedActivation = Callable[[Array, Array], Array]
 
 def experts(
     parameters: Mapping[str, Array],
@@ -33,6 +35,8 @@ def experts(
     config: MoEConfig,
     backend: str | None = None,
     dispatcher: Dispatcher | None = None,
+    activation: WeightedActivation | None = None,
+    double_backward: bool = False,
     tap: Tap = untapped,
 ) -> Array:
     """The routed experts' output for each token.
@@ -41,11 +45,14 @@ def experts(
     gradient, and whatever it holds touches nothing. An expert named twice by one token counts twice.
 
     Args:
-        parameters: `gate_and_up_projs` [E, D, U], `down_projs` [E, I, D] and, with config.expert_bias,
-            `gate_up_proj_bias` [E, U], `down_proj_bias` [E, D]; cast to x.dtype at use.
+        parameters: `gate_and_up_projs` [e, D, U], `down_projs` [e, I, D] and, with config.expert_bias,
+            `gate_up_proj_bias` [e, U], `down_proj_bias` [e, D] of the experts held here; cast to x.dtype at use.
         x: [T, D], floating. token_mask: [T] bool, True for a valid token.
         weights: [T, K] floating routing weights, promoted on entry. indices: [T, K] int32 or int64 expert ids.
         config: what to compute. backend: of the grouped matmul, None to choose. dispatcher: None for one rank.
+        activation: computed in place of the config's: (hidden [R, U], weights [R, 1]) -> [R, I], the product with
+            the weights included; ones where the config weights after the down projection. None for the config's.
+        double_backward: PyTorch's switch; here gradients have gradients always.
         tap: called as tap(name, value) at the stages "rows" to "combine" of moebius.core.stages; returns the value
             to go on with.
     Returns:
@@ -54,27 +61,45 @@ def experts(
         ShapeError, DTypeError: an input does not fit. ConfigError, BackendUnavailable, Unsupported: see Registry.
     """
     check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
+    dispatcher = dispatcher or Local()
     checks.tokens(x, config.expert_dim)
     checks.token_mask(token_mask, x.shape[0])
     checks.routes(weights, indices, x.shape[0])
-    checks.parameters(parameters, layout.experts(config))
+    checks.parameters(parameters, layout.experts(config, dispatcher.ranks))
     check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
     if checks.environment() == "full":
         check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}
-    dispatcher = dispatcher or Local()
 
     sent, dispatched = dispatcher.dispatch(x, weights, indices, token_mask, config.n_routed_experts)
+    partial = dispatcher.ranks > 1
+    y_SD = steps(p, sent, config, backend, partial, activation, tap)
+    return tap("combine", dispatcher.combine(y_SD, dispatched))
+
+
+def steps(
+    p: Mapping[str, Array],
+    sent: Sent,
+    config: MoEConfig,
+    backend: str | None = None,
+    partial: bool = False,
+    activation: WeightedActivation | None = None,
+    tap: Tap = untapped,
+) -> Array:
+    """Steps 4 to 8, one after the other: [S, D], each token's rows summed, promoted where `partial`; see `experts`."""
     rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(sent, p["down_projs"].shape[0])
     rows_RD = tap("rows", rows_RD)
     before_R, after_R = (None, row_weights_R) if config.apply_router_weight_after_down else (row_weights_R, None)
     hidden_RU = grouped_matmul(rows_RD, p["gate_and_up_projs"], group_sizes_e, backend=backend)
     hidden_RU = tap("up", add_bias(hidden_RU, p.get("gate_up_proj_bias"), row_experts_R))
-    act_RI = tap("activation", activate(hidden_RU, before_R, config.activation))
+    if activation is None:
+        act_RI = tap("activation", activate(hidden_RU, before_R, config.activation))
+    else:
+        given_R1 = (jnp.ones_like(row_weights_R) if before_R is None else before_R)[:, None]
+        act_RI = tap("activation", activation(hidden_RU, given_R1).astype(hidden_RU.dtype))
     out_RD = grouped_matmul(act_RI, p["down_projs"], group_sizes_e, backend=backend)
     out_RD = tap("down", add_bias(out_RD, p.get("down_proj_bias"), row_experts_R, before_R))
-    y_SD = tap("combine", unpermute(out_RD, permuted, after_R))
-    return dispatcher.combine(y_SD, dispatched)
+    return unpermute(out_RD, permuted, after_R, partial=partial)
 
 
 class GroupedExperts(nnx.Module):

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 class PermuteState(NamedTuple):
-    """Where each row came from and went: token_of_row_R [R] and its inverse row_of_slot_SK [S, K], int32."""
+    """Where each row came from and went. A slot is token * K + k.
 
-    token_of_row_R: Int[Array, " R"]
+    Attributes:
+        slot_of_row_R: [R] int32. row_of_slot_SK: [S, K] int32, its inverse.
+    """
+
+    slot_of_row_R: Int[Array, " R"]
     row_of_slot_SK: Int[Array, "S K"]
 
 
@@ -51,18 +55,22 @@ def permute(sent: Sent, n_experts: int) -> Permuted:
     row_experts_R, order_R = lax.sort_key_val(sent.ids_SK.reshape(-1), slots_R, is_stable=True)
     group_sizes_e = jnp.zeros(n_experts, jnp.int32).at[row_experts_R].add(1, mode="drop")
     row_of_slot_SK = jnp.zeros_like(slots_R).at[order_R].set(slots_R, unique_indices=True)
-    state = PermuteState(order_R // max(K, 1), row_of_slot_SK.reshape(S, K))
+    state = PermuteState(order_R, row_of_slot_SK.reshape(S, K))
     weights_R = _take(sent.weights_SK.reshape(-1), order_R)
     # where, not a product: a NaN weight of a masked token must not survive.
     row_weights_R = jnp.where(row_experts_R < n_experts, weights_R, 0)
     # Promoted and cast back: exact for the rows, and the gradient of x is summed promoted and rounded once.
     promoted_SD = promoted(sent.x_SD)
-    rows_RD = _take(promoted_SD, state.token_of_row_R).astype(sent.x_SD.dtype)
+    rows_RD = _take(promoted_SD, order_R // max(K, 1)).astype(sent.x_SD.dtype)
     return Permuted(rows_RD, row_weights_R, group_sizes_e, row_experts_R, state)
 
 
 def unpermute(
-    out_RD: Float[Array, "R D"], state: PermuteState, row_weights_R: Float[Array, " R"] | None = None
+    out_RD: Float[Array, "R D"],
+    state: PermuteState,
+    row_weights_R: Float[Array, " R"] | None = None,
+    *,
+    partial: bool = False,
 ) -> Array:
     """Sum each token's rows in promote_types(dtype, float32), weighted where weights are given, and round once.
 
@@ -71,14 +79,16 @@ def unpermute(
     Args:
         out_RD: rows in the order of `permute`; padding rows are zero.
         row_weights_R: [R] weights to multiply by before the sum, None for none.
+        partial: other ranks hold the rest of the sum: do not round yet.
     Returns:
-        [S, D], dtype of out_RD.
+        [S, D], dtype of out_RD, promoted where partial.
     """
     dtype = out_RD.dtype
     out_RD = promoted(out_RD)
     if row_weights_R is not None:
         out_RD = out_RD * row_weights_R[:, None]
-    return _take(out_RD, state.row_of_slot_SK).sum(1).astype(dtype)
+    summed = _take(out_RD, state.row_of_slot_SK).sum(1)
+    return summed if partial else summed.astype(dtype)
 
 
 def _take(array: Array, indices: Array) -> Array:

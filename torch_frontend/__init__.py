@@ -20,12 +20,15 @@ from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
 from moebius.torch_frontend.checkpoint import load_moe
 from moebius.torch_frontend.dispatch import Dispatcher, Local, Sent
-from moebius.torch_frontend.experts import GroupedExperts, experts
-from moebius.torch_frontend.gate import FakeBalancedGate, Gate
+from moebius.torch_frontend.experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, experts
+from moebius.torch_frontend.fake_gate import FakeBalancedGate
+from moebius.torch_frontend.gate import Gate, set_aux_loss_scale
+from moebius.torch_frontend.losses import aux_loss, seq_aux_loss, z_loss
 from moebius.torch_frontend.matmul import grouped_matmul, linear
 from moebius.torch_frontend.moe import MoE, SharedExperts
 from moebius.torch_frontend.permute import Permuted, PermuteState, permute, unpermute
-from moebius.torch_frontend.route import Routing, aux_loss, expert_load, route, updated_correction_bias
+from moebius.torch_frontend.route import Routing, expert_load, route, updated_correction_bias
+from moebius.torch_frontend.sharding import shard_experts
 from moebius.torch_frontend.trace import trace
 from moebius.torch_frontend.weights import load_parameters, load_state, parameters, state
 
@@ -34,6 +37,8 @@ __all__ = [
     "FakeBalancedGate",
     "Gate",
     "GroupedExperts",
+    "GroupedExpertsDeepEP",
+    "GroupedExpertsTE",
     "Local",
     "MoE",
     "PermuteState",
@@ -54,8 +59,12 @@ __all__ = [
     "parameters",
     "permute",
     "route",
+    "seq_aux_loss",
+    "set_aux_loss_scale",
+    "shard_experts",
     "state",
     "trace",
     "unpermute",
     "updated_correction_bias",
+    "z_loss",
 ]

@@ -29,7 +29,15 @@ class Sent(NamedTuple):
 
 @runtime_checkable
 class Dispatcher(Protocol):
-    """Moves tokens to the ranks that hold their experts. State is returned, never stored."""
+    """Moves tokens to the ranks that hold their experts. State is returned, never stored.
+
+    Attributes:
+        ranks: number of ranks that share the experts. rank: which of them this is; of E experts it holds
+            [rank * e, (rank + 1) * e), e = E / ranks.
+    """
+
+    ranks: int
+    rank: int
 
     def dispatch(
         self,
@@ -39,16 +47,19 @@ class Dispatcher(Protocol):
         token_mask_T: Bool[Tensor, " T"],
         n_experts: int,
     ) -> tuple[Sent, Any]:
-        """Tokens, weights and local ids for this rank, and the state that `combine` takes."""
+        """Tokens, weights and local ids for this rank, and the state that `combine` takes; n_experts is E."""
         ...
 
     def combine(self, y_SD: Float[Tensor, "S D"], state: Any) -> Tensor:
-        """[T, D]: each of this rank's tokens, summed over the ranks."""
+        """[T, D]: this rank's tokens, summed over the ranks; of several ranks, y_SD is in the accumulate dtype."""
         ...
 
 
 class Local:
     """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
+
+    ranks = 1
+    rank = 0
 
     def dispatch(
         self,
@@ -69,11 +80,36 @@ class Local:
         return y_SD
 
 
-def _not_over_ranks(problem: Problem) -> str | None:
-    return None if problem.ranks == 1 else f"experts over {problem.ranks} ranks are not built yet"
+def _one_rank(problem: Problem) -> str | None:
+    return None if problem.ranks == 1 else f"it moves nothing, and the experts lie on {problem.ranks} ranks"
 
 
+def _with_distributed(problem: Problem) -> str | None:
+    if problem.ranks == 1 or torch.distributed.is_available():
+        return None
+    return f"the experts lie on {problem.ranks} ranks, and this build of torch has no torch.distributed"
+
+
+def _local(group: Any = None) -> Dispatcher:
+    return Local()
+
+
+def _allgather(group: Any = None) -> Dispatcher:
+    if group is None:
+        return Local()
+    from moebius.torch_frontend.dispatch_allgather import AllGather  # which imports this file
+
+    return AllGather(group)
+
+
+# An implementation is called with the process group over which the experts are spread, None for one rank.
 DISPATCHERS = Registry("moebius.torch_frontend", "dispatch")
-DISPATCHERS.add(name="local", load=lambda: Local, supports=_not_over_ranks, note="one rank")
-DISPATCHERS.add(name="allgather", load=lambda: Local, supports=_not_over_ranks, note="one rank: the same as local")
+DISPATCHERS.add(name="local", load=lambda: _local, supports=_one_rank, note="one rank")
+DISPATCHERS.add(
+    name="allgather",
+    load=lambda: _allgather,
+    supports=_with_distributed,
+    reads_host=True,
+    note="every rank sees all tokens; any number of ranks",
+)
 DISPATCHERS.add_unbuilt("alltoall", "deepep", "hybridep", "uccl_ep", "te", "mok")

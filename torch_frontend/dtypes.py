@@ -28,3 +28,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def promoted(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`value` in the accumulate dtype of `dtype`, by default of its own."""
     return value.to(accumulate_dtype(value.dtype if dtype is None else dtype))
+
+
+def computed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`x` in the dtype that a module computes in: `dtype`, else autocast's (but float64 stays), else its own."""
+    if dtype is None and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return x if dtype is None else x.to(dtype)

@@ -1,25 +1,36 @@
-"""Steps 3 to 9: the routed experts, as a function and as a module."""
+"""Steps 3 to 9: the routed experts, as a function and as modules."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moebius.core import checks, layout
+from moebius.core.activations import Activation
 from moebius.core.config import BackendConfig, MoEConfig
+from moebius.core.errors import ConfigError
 from moebius.core.registry import Problem
 from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
 from moebius.torch_frontend.checks import check_arrays, check_devices, check_values
-from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, Local
-from moebius.torch_frontend.dtypes import as_dtype
+from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, Local, Sent
+from moebius.torch_frontend.dtypes import as_dtype, computed
+from moebius.torch_frontend.lean import lean
 from moebius.torch_frontend.matmul import choose, grouped_matmul
+from moebius.torch_frontend.operators import refuse_tangents
 from moebius.torch_frontend.permute import permute, unpermute
+from moebius.torch_frontend.sharding import ep_dimension, local, mesh_of, shard_experts
+from moebius.torch_frontend.statedict import AllOrNothing
 from moebius.torch_frontend.weights import draw
+
+# (pre-activation [R, U], routing weights [R, 1]) -> [R, I], the product with the weights included.
+WeightedActivation = Callable[[Tensor, Tensor], Tensor]
 
 
 def experts(
@@ -32,6 +43,8 @@ def experts(
     config: MoEConfig,
     backend: str | None = None,
     dispatcher: Dispatcher | None = None,
+    activation: WeightedActivation | None = None,
+    double_backward: bool = False,
     tap: Tap = untapped,
 ) -> Tensor:
     """The routed experts' output for each token.
@@ -40,11 +53,14 @@ def experts(
     gradient, and whatever it holds touches nothing. An expert named twice by one token counts twice.
 
     Args:
-        parameters: `gate_and_up_projs` [E, D, U], `down_projs` [E, I, D] and, with config.expert_bias,
-            `gate_up_proj_bias` [E, U], `down_proj_bias` [E, D]; cast to x.dtype at use.
+        parameters: `gate_and_up_projs` [e, D, U], `down_projs` [e, I, D] and, with config.expert_bias,
+            `gate_up_proj_bias` [e, U], `down_proj_bias` [e, D] of the experts held here; cast to x.dtype at use.
         x: [T, D], floating. token_mask: [T] bool, True for a valid token.
         weights: [T, K] floating routing weights, promoted on entry. indices: [T, K] int32 or int64 expert ids.
         config: what to compute. backend: of the grouped matmul, None to choose. dispatcher: None for one rank.
+        activation: computed in place of the config's: (hidden [R, U], weights [R, 1]) -> [R, I], the product with
+            the weights included; ones where the config weights after the down projection. None for the config's.
+        double_backward: gradients have gradients, at the price of memory.
         tap: called as tap(name, value) at the stages "rows" to "combine" of moebius.core.stages; returns the value
             to go on with.
     Returns:
@@ -53,31 +69,127 @@ def experts(
         ShapeError, DTypeError: an input does not fit. ConfigError, BackendUnavailable, Unsupported: see Registry.
     """
     check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
+    refuse_tangents(x, weights, *parameters.values())
+    dispatcher = dispatcher or Local()
     checks.tokens(x, config.expert_dim)
     checks.token_mask(token_mask, x.shape[0])
     checks.routes(weights, indices, x.shape[0])
-    checks.parameters(parameters, layout.experts(config))
+    checks.parameters(parameters, layout.experts(config, dispatcher.ranks))
     check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
     if checks.environment() == "full":
         check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.to(x.dtype) for name, value in parameters.items()}
-    dispatcher = dispatcher or Local()
 
     sent, dispatched = dispatcher.dispatch(x, weights, indices, token_mask, config.n_routed_experts)
+    partial = dispatcher.ranks > 1
+    if activation is None and not double_backward and tap is untapped:
+        y_SD = lean(p, sent, config, backend, partial)
+    else:
+        y_SD = steps(p, sent, config, backend, partial, activation, tap)
+    return tap("combine", dispatcher.combine(y_SD, dispatched))
+
+
+def steps(
+    p: Mapping[str, Tensor],
+    sent: Sent,
+    config: MoEConfig,
+    backend: str | None = None,
+    partial: bool = False,
+    activation: WeightedActivation | None = None,
+    tap: Tap = untapped,
+) -> Tensor:
+    """Steps 4 to 8, one after the other: [S, D], each token's rows summed, promoted where `partial`; see `experts`."""
     rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(sent, p["down_projs"].shape[0])
     rows_RD = tap("rows", rows_RD)
     before_R, after_R = (None, row_weights_R) if config.apply_router_weight_after_down else (row_weights_R, None)
     hidden_RU = grouped_matmul(rows_RD, p["gate_and_up_projs"], group_sizes_e, backend=backend)
     hidden_RU = tap("up", add_bias(hidden_RU, p.get("gate_up_proj_bias"), row_experts_R))
-    act_RI = tap("activation", activate(hidden_RU, before_R, config.activation))
+    if activation is None:
+        act_RI = tap("activation", activate(hidden_RU, before_R, config.activation))
+    else:
+        given_R1 = (torch.ones_like(row_weights_R) if before_R is None else before_R)[:, None]
+        act_RI = tap("activation", activation(hidden_RU, given_R1).to(hidden_RU.dtype))
     out_RD = grouped_matmul(act_RI, p["down_projs"], group_sizes_e, backend=backend)
     out_RD = tap("down", add_bias(out_RD, p.get("down_proj_bias"), row_experts_R, before_R))
-    y_SD = tap("combine", unpermute(out_RD, permuted, after_R))
-    return dispatcher.combine(y_SD, dispatched)
+    return unpermute(out_RD, permuted, after_R, partial=partial)
 
 
-class GroupedExperts(nn.Module):
-    """The routed experts as a module, on one rank.
+class _Experts(AllOrNothing):
+    """What the three modules share: the parameters, and the forward pass over a dispatcher."""
+
+    gate_and_up_projs: nn.Parameter
+    down_projs: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self, config: Any, backend: Any, default_backend: str | None, dtype: Any, param_dtype: Any, device: Any
+    ):
+        super().__init__()
+        self.config = MoEConfig.of(config)
+        self.backend = BackendConfig.of(backend)
+        self.dtype = None if dtype is None else as_dtype(dtype)
+        self.n_routed_experts = self.config.n_routed_experts
+        self.expert_bias = self.config.expert_bias
+        self.is_gated = self.config.activation.gated
+        self.tap: Tap = untapped
+        self._activation: WeightedActivation | None = None
+        self.gate_up_proj_bias = None
+        self.down_proj_bias = None
+        for row in layout.experts(self.config):
+            stored = as_dtype(param_dtype or row.dtype)
+            setattr(self, row.name, nn.Parameter(torch.empty(row.shape, dtype=stored, device=device)))
+        weight = self.gate_and_up_projs
+        # Chosen for the dtype it will most likely see, so that a backend that cannot serve is refused here already.
+        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device=weight.device)
+        self._backend_asked = self.backend.experts or default_backend
+        self.backend_name = choose(self._backend_asked, rows, weight.shape).name
+        self.init_weights()
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
+        if self.backend.checks == "full":
+            check_values(weights, indices, token_mask, self.n_routed_experts)
+        parameters = dict(self.named_parameters(recurse=False))
+        dispatcher = self._dispatcher(mesh_of(parameters))
+        return experts(
+            {name: local(value) for name, value in parameters.items()},
+            computed(x, self.dtype),
+            token_mask,
+            weights,
+            indices,
+            config=self.config,
+            backend=self._backend_asked,
+            dispatcher=dispatcher,
+            activation=self._activation,
+            double_backward=self.backend.double_backward,
+            tap=self.tap,
+        )
+
+    def _dispatcher(self, mesh: Any) -> Dispatcher:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: Any = None, init_std: float = 0.02) -> None:
+        """Draw the weights anew from N(0, init_std), first gate_and_up_projs, then down_projs; biases zero.
+
+        Args:
+            buffer_device: accepted for NeMo Automodel's callers; parameters stay where they are.
+        """
+        for row in layout.experts(self.config):
+            draw(local(getattr(self, row.name)), row, init_std)
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and backend."""
+        c = self.config
+        return (
+            f"{c.n_routed_experts} experts, D={c.expert_dim}, I={c.moe_inter_dim}, {c.expert_activation}, "
+            f"bias={c.expert_bias}, backend={self.backend_name}"
+        )
+
+
+class GroupedExperts(_Experts):
+    """The routed experts as a module: on one rank, or over the ranks of a mesh after `shard_experts`.
 
     Args:
         config: MoEConfig, or any object with its attributes.
@@ -89,15 +201,14 @@ class GroupedExperts(nn.Module):
     Attributes:
         gate_and_up_projs [E, D, U], down_projs [E, I, D]: drawn from N(0, 0.02).
         gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
+        expert_activation_grouped: assign (hidden [R, U], weights [R, 1]) -> [R, I] to compute that instead of the
+            config's activation.
         backend_name: the grouped matmul's backend, chosen at construction.
         tap: see `experts`; `untapped` by default.
 
     Raises:
         ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
     """
-
-    gate_and_up_projs: nn.Parameter
-    down_projs: nn.Parameter
 
     def __init__(
         self,
@@ -108,64 +219,166 @@ class GroupedExperts(nn.Module):
         param_dtype: Any = None,
         device: Any = None,
     ):
-        super().__init__()
-        self.config = MoEConfig.of(config)
-        self.backend = BackendConfig.of(backend)
-        self.dtype = None if dtype is None else as_dtype(dtype)
-        self.n_routed_experts = self.config.n_routed_experts
-        self.expert_bias = self.config.expert_bias
-        self.is_gated = self.config.activation.gated
-        self.tap: Tap = untapped
-        self.gate_up_proj_bias: nn.Parameter | None = None
-        self.down_proj_bias: nn.Parameter | None = None
-        for row in layout.experts(self.config):
-            stored = as_dtype(param_dtype or row.dtype)
-            setattr(self, row.name, nn.Parameter(torch.empty(row.shape, dtype=stored, device=device)))
-        weight = self.gate_and_up_projs
-        # Chosen for the dtype it will most likely see, so that a backend that cannot serve is refused here already.
-        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device=weight.device)
-        self.backend_name = choose(self.backend.experts, rows, weight.shape).name
-        self.dispatcher = _dispatcher(self.backend.dispatcher, weight)
-        self.init_weights()
+        super().__init__(config, backend, None, dtype, param_dtype, device)
+        # Also refuses a dispatcher that is not there.
+        self._on_one_rank = _choose_dispatcher(self.backend.dispatcher, self.config, self.gate_and_up_projs, None)
 
-    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """[T, D] in the compute dtype (`dtype` of the constructor, else x's); see `experts`."""
-        if self.backend.checks == "full":
-            check_values(weights, indices, token_mask, self.n_routed_experts)
-        return experts(
-            dict(self.named_parameters(recurse=False)),
-            x if self.dtype is None else x.to(self.dtype),
-            token_mask,
-            weights,
-            indices,
-            config=self.config,
-            backend=self.backend.experts,
-            dispatcher=self.dispatcher,
-            tap=self.tap,
-        )
+    def _dispatcher(self, mesh: Any) -> Dispatcher:
+        if mesh is None:
+            return self._on_one_rank
+        return _choose_dispatcher(self.backend.dispatcher, self.config, self.gate_and_up_projs, mesh)
 
-    @torch.no_grad()
-    def init_weights(self, buffer_device: Any = None, init_std: float = 0.02) -> None:
-        """Draw the weights anew from N(0, init_std), first gate_and_up_projs, then down_projs; biases zero.
+    @property
+    def expert_activation_grouped(self) -> WeightedActivation:
+        """What is computed between the projections; see `experts`."""
+        return self._activation or weighted_activation(self.config)
+
+    @expert_activation_grouped.setter
+    def expert_activation_grouped(self, value: WeightedActivation | None) -> None:
+        self._activation = value
+
+
+class _Dispatched(_Experts):
+    """What the two modules share that are given a dispatcher."""
+
+    _default_backend: str | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        backend: Any = None,
+        dispatcher_backend: str = "deepep",
+        dispatcher_num_sms: int = 20,
+        dispatcher_share_token_dispatcher: bool = True,
+        dispatcher_async_dispatch: bool = False,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        device: Any = None,
+    ):
+        super().__init__(config, backend, self._default_backend, dtype, param_dtype, device)
+        self.dispatcher_backend = BackendConfig(dispatcher=dispatcher_backend).dispatcher
+        self.dispatcher_num_sms = dispatcher_num_sms
+        self.dispatcher_share_token_dispatcher = dispatcher_share_token_dispatcher
+        self.dispatcher_async_dispatch = dispatcher_async_dispatch
+        self.ep_size, self.ep_rank = 1, 0
+        self.token_dispatcher: Dispatcher | None = None
+
+    def _shard(self, ep_mesh: Any) -> None:
+        mesh = ep_dimension(ep_mesh)
+        spread = mesh_of(dict(self.named_parameters(recurse=False)))
+        if spread is not None and spread != mesh:
+            raise ConfigError(f"a dispatcher over {mesh}", f"parameters on {spread}", "pass the parameters' mesh")
+        dispatcher: Dispatcher = Local()
+        if mesh.size() > 1:
+            dispatcher = _choose_dispatcher(self.dispatcher_backend, self.config, self.gate_and_up_projs, mesh)
+            if spread is None:
+                shard_experts(self, mesh)
+        self.ep_size, self.ep_rank, self.token_dispatcher = dispatcher.ranks, dispatcher.rank, dispatcher
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that sends its tokens over the same ranks: a process group cannot be copied."""
+        for shared in (self.token_dispatcher, getattr(self, "moe_mesh", None)):
+            memo[id(shared)] = shared
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _dispatcher(self, mesh: Any) -> Dispatcher:
+        if self.token_dispatcher is not None:
+            return self.token_dispatcher
+        if mesh is not None and mesh.size() > 1:
+            raise ConfigError(
+                f"{type(self).__name__}.forward over {mesh.size()} ranks",
+                "no dispatcher",
+                "call init_token_dispatcher(ep_mesh) first",
+            )
+        return Local()
+
+    @property
+    def expert_activation(self) -> WeightedActivation:
+        """What is computed between the projections; see `experts`."""
+        return self._activation or weighted_activation(self.config)
+
+    @expert_activation.setter
+    def expert_activation(self, value: WeightedActivation | None) -> None:
+        self._activation = value
+
+
+class GroupedExpertsDeepEP(_Dispatched):
+    """The routed experts over the ranks of a mesh, by a dispatcher of their own; complete on one rank without.
+
+    Args:
+        config, backend, dtype, param_dtype, device: as in GroupedExperts.
+        dispatcher_backend: how tokens reach other ranks, one of moebius.core.config.DISPATCHERS.
+        dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of DeepEP.
+
+    Attributes:
+        As in GroupedExperts; the assignable activation is `expert_activation`.
+        token_dispatcher: None before `init_token_dispatcher`. ep_size, ep_rank: 1 and 0 before it.
+
+    Raises:
+        ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
+    """
+
+    def init_token_dispatcher(self, ep_mesh: Any) -> None:
+        """Spread the experts over `ep_mesh`, keeping their values, and build the dispatcher.
 
         Args:
-            buffer_device: accepted for NeMo Automodel's callers; parameters stay where they are.
+            ep_mesh: torch.distributed DeviceMesh of one dimension, or with a dimension "ep". Parameters that are
+                sharded over it already stay.
+        Raises:
+            ConfigError: the mesh does not fit the experts. Unsupported: the dispatcher does not serve so many ranks.
         """
-        for row in layout.experts(self.config):
-            draw(getattr(self, row.name), row, init_std)
-
-    def extra_repr(self) -> str:
-        """Sizes, activation and backend."""
-        c = self.config
-        return (
-            f"{c.n_routed_experts} experts, D={c.expert_dim}, I={c.moe_inter_dim}, {c.expert_activation}, "
-            f"bias={c.expert_bias}, backend={self.backend_name}"
-        )
+        self._shard(ep_mesh)
 
 
-def _dispatcher(name: str | None, weight: Tensor) -> Dispatcher:
-    e, dim, width = weight.shape
-    problem = Problem(device=weight.device.type, dtype=str(weight.dtype)[6:], dim=dim, inter_dim=width, n_experts=e)
+class GroupedExpertsTE(_Dispatched):
+    """GroupedExpertsDeepEP with Transformer Engine's grouped matmul; one layout of parameters, as everywhere.
+
+    `backend.experts` None means "te". Under Transformer Engine's autocast the matmuls run in its FP8 recipe.
+
+    Args, Attributes, Raises: as in GroupedExpertsDeepEP.
+    """
+
+    _default_backend = "te"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.moe_mesh: Any = None
+
+    def init_token_dispatcher(self, ep_mesh: Any, moe_mesh: Any = None) -> None:
+        """As GroupedExpertsDeepEP.init_token_dispatcher; `moe_mesh` as in `set_moe_mesh`."""
+        self._shard(ep_mesh)
+        self.set_moe_mesh(moe_mesh)
+
+    def set_moe_mesh(self, moe_mesh: Any) -> None:
+        """Keep the mesh (dimensions "ep", "ep_shard", "ep_replicate") for callers that read it; None for none.
+
+        The parameters are DTensors of their own meshes, so no state dict needs it.
+        """
+        self.moe_mesh = moe_mesh
+
+
+def weighted_activation(config: MoEConfig) -> WeightedActivation:
+    """The config's activation as (hidden [R, U], weights [R, 1]) -> [R, I]."""
+    return functools.partial(_weighted, of=config.activation)  # which, unlike a closure, can be pickled
+
+
+def _weighted(hidden_RU: Tensor, weights_R1: Tensor, of: Activation) -> Tensor:
+    return activate(hidden_RU, weights_R1[:, 0], of)
+
+
+def _choose_dispatcher(name: str | None, config: MoEConfig, weight: Tensor, mesh: Any) -> Dispatcher:
+    ranks = 1 if mesh is None else mesh.size()
+    problem = Problem(
+        device=weight.device.type,
+        dtype=str(weight.dtype)[6:],
+        dim=config.expert_dim,
+        inter_dim=config.moe_inter_dim,
+        n_experts=config.n_routed_experts // ranks,
+        ranks=ranks,
+    )
     chosen = DISPATCHERS.choose("allgather" if name == "torch" else name, problem)
-    dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)()
+    dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(None if ranks == 1 else mesh.get_group())
     return dispatcher

@@ -26,7 +26,7 @@ def test_permute_sorts_stably_by_expert_token_and_slot():
     mask = jnp.array([True] * 5 + [False])
     found = sent_and_permuted(jnp.zeros((6, 2)), jnp.ones((6, 2)), jnp.asarray(ids, jnp.int32), mask, 2)
     np.testing.assert_array_equal(found.group_sizes_e, [2, 3])
-    np.testing.assert_array_equal(found.state.token_of_row_R[:5], [0, 1, 1, 2, 4])
+    np.testing.assert_array_equal(found.state.slot_of_row_R[:5] // 2, [0, 1, 1, 2, 4])
     slot_of_row = np.argsort(np.asarray(found.state.row_of_slot_SK).reshape(-1))
     np.testing.assert_array_equal(slot_of_row[:5], [1, 2, 3, 4, 9])
     np.testing.assert_array_equal(found.row_experts_R, [0, 0, 1, 1, 1] + [2] * 7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -49,12 +51,22 @@ def test_experts_first_and_second_derivatives_in_float64(activation: str, after:
     indices = torch.tensor([[0, 2], [2, 2], [-1, 0], [0, 3]])
     mask = torch.tensor([True, True, True, True])
 
-    def run(x, weights, *values):
-        return experts(dict(zip(names, values, strict=True)), x, mask, weights, indices, config=config)
+    def run(x, weights, *values, double=True):
+        named = dict(zip(names, values, strict=True))
+        return experts(named, x, mask, weights, indices, config=config, double_backward=double)
 
+    assert torch.autograd.gradcheck(partial(run, double=False), (x, weights, *values))
     assert torch.autograd.gradcheck(run, (x, weights, *values))
     # relu squared has a kink in its second derivative; finite differences are right on either side of it.
     assert torch.autograd.gradgradcheck(run, (x, weights, *values), atol=1e-4)
+
+
+def test_experts_second_derivative_of_the_lean_operator_is_refused_with_the_switch_named() -> None:
+    module = GroupedExperts(CONFIG)
+    x, mask, weights, indices = inputs()
+    (dx,) = torch.autograd.grad(module(x, mask, weights, indices).square().sum(), x, create_graph=True)
+    with pytest.raises(Unsupported, match=r"do: set BackendConfig\(double_backward=True\)"):
+        torch.autograd.grad(dx.sum(), weights)
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])

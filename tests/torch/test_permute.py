@@ -18,16 +18,18 @@ def sent() -> Sent:
 def test_permute_sorts_by_expert_then_token_then_slot() -> None:
     rows, weights, sizes, experts, state = permute(sent(), 4)
     assert sizes.tolist() == [3, 2, 3, 2] and sizes.dtype == torch.int32
-    assert state.token_of_row_R.tolist() == [0, 3, 4, 0, 1, 1, 2, 4, 2, 3, 5, 5]
+    assert state.slot_of_row_R.tolist() == [0, 7, 8, 1, 2, 3, 4, 9, 5, 6, 10, 11]
+    assert state.row_of_slot_SK.tolist() == [[0, 3], [4, 5], [6, 8], [9, 1], [2, 7], [-1, -1]]
     assert experts.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]
     assert weights.tolist() == [1, 8, 9, 2, 3, 4, 5, 10, 6, 7, 0, 0]
-    assert torch.equal(rows[:, 0], 2.0 * state.token_of_row_R)
+    assert torch.equal(rows[:, 0], 2.0 * (state.slot_of_row_R // 2))
 
 
 def test_unpermute_of_permute_sums_each_tokens_slots() -> None:
     s = sent()
     permuted = permute(s, 4)
-    assert torch.equal(unpermute(permuted.rows_RD, permuted.state), 2 * s.x_SD)
+    summed = unpermute(permuted.rows_RD, permuted.state)
+    assert torch.equal(summed[:5], 2 * s.x_SD[:5]) and not summed[5].any()
     ones = torch.ones_like(permuted.rows_RD)
     weighted = unpermute(ones, permuted.state, permuted.row_weights_R)
     assert weighted[:, 0].tolist() == [3, 7, 11, 15, 19, 0]

@@ -1,0 +1,290 @@
+"""Steps 4 to 8 as one operator that keeps little: x, the pre-activation, the order of the rows and their weights.
+
+The backward pass copies the rows and activates them again: two passes over memory instead of R * (D + I) elements
+held. It runs the very kernels of `experts.steps`, so both agree bit for bit; but with `apply_router_weight_after_down`
+the gradients are computed as if the weight came before, which is the same function with other roundings.
+
+Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradient without the output rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebius.core.config import MoEConfig
+from moebius.core.errors import Unsupported
+from moebius.torch_frontend.activate import Fields, activate_rows, activate_rows_backward, fields, of_fields
+from moebius.torch_frontend.bias import dot_rows, sum_rows
+from moebius.torch_frontend.dispatch import Sent
+from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.matmul import Kernels, in_context, kernels
+from moebius.torch_frontend.operators import call, differentiate, transformed
+from moebius.torch_frontend.permute import gather_rows, sort_routes, sum_slots
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class Weights(NamedTuple):
+    """The experts' parameters in x's dtype."""
+
+    up_eDU: Tensor
+    down_eID: Tensor
+    up_bias_eU: Tensor | None
+    down_bias_eD: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps for the backward pass; the pre-activation without its bias."""
+
+    x_SD: Tensor
+    hidden_RU: Tensor
+    slot_of_row_R: Tensor
+    row_of_slot_SK: Tensor
+    group_sizes_e: Tensor
+    row_weights_R: Tensor
+
+
+class How(NamedTuple):
+    """What the operator is told beside tensors; see `lean`."""
+
+    activation: Fields
+    after: bool
+    partial: bool
+    backend: str
+
+
+def lean(p: Mapping[str, Tensor], sent: Sent, config: MoEConfig, backend: str | None, partial: bool) -> Tensor:
+    """`experts.steps` without taps: [S, D], each token's rows summed. Differentiable once.
+
+    Args:
+        p: parameters in x's dtype, of the experts held here. sent: what the dispatcher gave.
+        partial: other ranks hold the rest of the sum: leave it in promote_types(dtype, float32).
+    """
+    weights = Weights(
+        p["gate_and_up_projs"], p["down_projs"], p.get("gate_up_proj_bias"), p.get("down_proj_bias")
+    )
+    told = (*fields(config.activation), config.apply_router_weight_after_down, partial, in_context(backend))
+    y_SD: Tensor = call(_experts, sent.x_SD, sent.weights_SK, sent.ids_SK, *weights, *told)[0]
+    return y_SD
+
+
+def forward(
+    x_SD: Float[Tensor, "S D"], weights_SK: Tensor, ids_SK: Tensor, w: Weights, how: How
+) -> tuple[Tensor, Kept]:
+    """(y_SD, what `backward` needs); a large tensor is let go as soon as it was read."""
+    activation = of_fields(*how.activation)
+    order = sort_routes(ids_SK, weights_SK, w.down_eID.shape[0])
+    matmul, prepared = _matmul(how, x_SD, w, order.group_sizes_e)
+    rows_RD = gather_rows(x_SD, order.slot_of_row_R, ids_SK.shape[1])
+    hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
+    del rows_RD
+    before_R = None if how.after else order.row_weights_R
+    act_RI = activate_rows(
+        hidden_RU, before_R, activation, bias_eU=w.up_bias_eU, row_experts_R=order.row_experts_R
+    )
+    out_RD = _product(matmul, act_RI, w.down_eID, prepared)
+    del act_RI
+    y_SD = sum_slots(
+        out_RD,
+        order.row_of_slot_SK,
+        bias_eD=w.down_bias_eD,
+        row_experts_R=order.row_experts_R,
+        row_weights_R=order.row_weights_R,
+        after=how.after,
+        dtype=accumulate_dtype(x_SD.dtype) if how.partial else x_SD.dtype,
+    )
+    slot_of_row_R, row_of_slot_SK, group_sizes_e, _, row_weights_R = order
+    return y_SD, Kept(x_SD, hidden_RU, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R)
+
+
+def backward(
+    dy_SD: Float[Tensor, "S D"], kept: Kept, w: Weights, how: How, needs: list[bool], in_place: bool
+) -> list[Tensor | None]:
+    """Gradients of (x, weights, up, down, up_bias, down_bias), None where `needs` says no.
+
+    Args:
+        in_place: write the pre-activation's gradient over the pre-activation.
+    """
+    x_SD, hidden_RU, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R = kept
+    needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
+    activation, k = of_fields(*how.activation), row_of_slot_SK.shape[1]
+    matmul, prepared = _matmul(how, x_SD, w, group_sizes_e)
+    bias = {"bias_eU": w.up_bias_eU, "row_experts_R": _row_experts(kept, w)}
+    dx_SD = dweights_SK = dup_eDU = ddown_eID = dup_bias_eU = ddown_bias_eD = None
+
+    dout_RD = gather_rows(dy_SD.to(x_SD.dtype).contiguous(), slot_of_row_R, k)
+    if needs_down:
+        act_RI = activate_rows(hidden_RU, row_weights_R, activation, **bias)
+        ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)
+        del act_RI
+    if needs_down_bias:
+        ddown_bias_eD = sum_rows(dout_RD, group_sizes_e, row_weights_R)
+    dact_RI = _product(matmul, dout_RD, w.down_eID.mT, prepared)
+    more_R = None
+    if w.down_bias_eD is not None and needs_weights:
+        more_R = dot_rows(dout_RD, w.down_bias_eD, bias["row_experts_R"])
+    del dout_RD
+    dhidden_RU, drow_weights_R = activate_rows_backward(
+        dact_RI, hidden_RU, row_weights_R, activation, **bias, in_place=in_place
+    )
+    del dact_RI, hidden_RU
+    if needs_weights:
+        drow_weights_R = drow_weights_R if more_R is None else drow_weights_R + more_R
+        dweights_SK = _of_slots(drow_weights_R, row_of_slot_SK)
+    if needs_up_bias:
+        dup_bias_eU = sum_rows(dhidden_RU, group_sizes_e)
+    if needs_up:
+        rows_RD = gather_rows(x_SD, slot_of_row_R, k)
+        dup_eDU = _weight_gradient(matmul, rows_RD, dhidden_RU, prepared, w.up_eDU)
+        del rows_RD
+    if needs_x:
+        drows_RD = _product(matmul, dhidden_RU, w.up_eDU.mT, prepared)
+        del dhidden_RU
+        dx_SD = sum_slots(drows_RD, row_of_slot_SK)
+    return [dx_SD, dweights_SK, dup_eDU, ddown_eID, dup_bias_eU, ddown_bias_eD]
+
+
+def _matmul(how: How, x_SD: Tensor, w: Weights, group_sizes_e: Tensor) -> tuple[Kernels, Any]:
+    matmul = kernels(how.backend, x_SD, w.up_eDU.shape)
+    return matmul, matmul.prepare(group_sizes_e)
+
+
+def _product(matmul: Kernels, rows_RD: Tensor, weight_eDF: Tensor, prepared: Any) -> Tensor:
+    if rows_RD.shape[0] == 0:
+        return rows_RD.new_empty(0, weight_eDF.shape[2])
+    return matmul.product(rows_RD, weight_eDF, prepared)
+
+
+def _weight_gradient(matmul: Kernels, rows_RD: Tensor, dout_RF: Tensor, prepared: Any, like: Tensor) -> Tensor:
+    if rows_RD.shape[0] == 0:
+        return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    return matmul.weight_gradient(rows_RD, dout_RF, prepared)
+
+
+def _row_experts(kept: Kept, w: Weights) -> Tensor | None:
+    """[R] int32, e in the tail; None where no bias asks for it."""
+    if w.up_bias_eU is None:
+        return None
+    rows_R = torch.arange(kept.slot_of_row_R.shape[0], dtype=torch.int32, device=kept.x_SD.device)
+    ends_e = kept.group_sizes_e.cumsum(0, dtype=torch.int32)
+    return torch.searchsorted(ends_e, rows_R, right=True, out_int32=True)
+
+
+def _of_slots(drow_weights_R: Tensor, row_of_slot_SK: Tensor) -> Tensor:
+    if drow_weights_R.shape[0] == 0:
+        return drow_weights_R.new_zeros(row_of_slot_SK.shape)
+    taken_SK = drow_weights_R.index_select(0, row_of_slot_SK.flatten().clamp(min=0)).view_as(row_of_slot_SK)
+    return torch.where(row_of_slot_SK >= 0, taken_SK, 0.0)
+
+
+_WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
+_HOW = (
+    "str curve, bool gated, bool interleaved, float alpha, float? limit, float up_offset, "
+    "bool after, bool partial, str backend"
+)
+_KEPT = "Tensor x, Tensor hidden, Tensor slot_of_row, Tensor row_of_slot, Tensor group_sizes, Tensor row_weights"
+_N_TENSORS = 7  # x, weights, ids and Weights
+
+
+@torch.library.custom_op(
+    "moebius::experts",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weights, Tensor ids, {_WEIGHTS}, {_HOW}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _experts(x: Tensor, weights: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    y, kept = forward(x, weights, ids, Weights(*rest[:4]), _how(rest[4:]))
+    return (y, *kept[1:])
+
+
+@torch.library.custom_op(
+    "moebius::experts_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {_KEPT}, {_WEIGHTS}, {_HOW}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _experts_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *how, needs = rest[10:]
+    grads = backward(dy, Kept(*rest[:6]), Weights(*rest[6:10]), _how(how), needs, in_place=False)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_experts.register_fake
+def _(x: Tensor, weights: Tensor, ids: Tensor, up: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    how = _how(rest[2:])
+    rows = ids.shape[0] * ids.shape[1]
+    return (
+        x.new_empty(x.shape, dtype=accumulate_dtype(x.dtype) if how.partial else x.dtype),
+        x.new_empty(rows, up.shape[2]),
+        ids.new_empty(rows, dtype=torch.int32),
+        ids.new_empty(ids.shape, dtype=torch.int32),
+        ids.new_empty(down.shape[0], dtype=torch.int32),
+        weights.new_empty(rows),
+    )
+
+
+@_experts_backward.register_fake
+def _(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    kept, w, needs = Kept(*rest[:6]), Weights(*rest[6:10]), rest[-1]
+    likes = (kept.x_SD, kept.row_weights_R.new_empty(kept.row_of_slot_SK.shape), *w)
+    return tuple(
+        torch.empty_like(like, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
+        for like, needed in zip(likes, needs, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, *weights = inputs[:_N_TENSORS]
+    ctx.told = inputs[_N_TENSORS:]
+    ctx.set_materialize_grads(False)  # nobody asks for the gradient of what is kept
+    ctx.save_for_backward(x, *output[1:], *weights)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    asked = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], *ctx.needs_input_grad[3:_N_TENSORS])
+    if dy is None:
+        return (None,) * (_N_TENSORS + len(ctx.told))
+    needs, tensors = list(asked), ctx.saved_tensors
+    if _alone(dy):
+        kept, w = Kept(*tensors[:6]), Weights(*tensors[6:])
+        del tensors
+        grads = backward(dy, kept, w, _how(ctx.told), needs, in_place=True)
+    else:
+        found = call(_experts_backward, dy.contiguous(), *tensors, *ctx.told, needs)
+        grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+    dx, dweights, *dparameters = grads
+    return (dx, dweights, None, *dparameters, *(None for _ in ctx.told))
+
+
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise Unsupported(
+        "the gradient of a gradient of the experts",
+        "the lean operator, which is differentiable once",
+        "set BackendConfig(double_backward=True)",
+    )
+
+
+def _alone(dy: Tensor) -> bool:
+    """Whether this is an ordinary backward pass whose graph nobody reads again, so that kept tensors may be reused.
+
+    Not while a compiler traces or torch.func transforms, not with create_graph=True or retain_graph=True.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed():
+        return False
+    if type(dy) is not Tensor or not torch._C._has_storage(dy):  # the latter: several gradients in one, is_grads_batched
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _how(told: Any) -> How:
+    *activation, after, partial, backend = told
+    return How(tuple(activation), after, partial, backend)
+
+
+differentiate(_experts, _backward, _save)
+differentiate(_experts_backward, _refuse)

@@ -1,0 +1,84 @@
+"""Operators of torch.library that torch.func transforms too.
+
+torch.library tells an operator's gradient to autograd alone: under torch.func.grad the operator fails, and in forward
+mode its tangent is silently zero (torch 2.13). There the same operator is called through an autograd.Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from moebius.core.errors import Unsupported
+
+_FUNCTIONS: dict[Any, type[Function]] = {}
+
+
+def differentiate(op: Any, backward: Callable[..., Any], save: Callable[..., Any] | None = None) -> None:
+    """`op.register_autograd(backward, setup_context=save)`, and the same for `call`."""
+    op.register_autograd(backward, setup_context=save)
+
+    class Transformed(Function):
+        """`op` for torch.func: derivatives by the same functions; a batch one after the other."""
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if save is not None:
+                save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            dims = list(zip(args, in_dims, strict=True))
+            found = [
+                Transformed.apply(*(value.select(dim, i) if isinstance(dim, int) else value for value, dim in dims))
+                for i in range(info.batch_size)
+            ]
+            if isinstance(found[0], Tensor):
+                return torch.stack(found), 0
+            return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise _no_forward_mode()
+
+    _FUNCTIONS[op] = Transformed
+
+
+def call(op: Any, *args: Any) -> Any:
+    """op(*args), under torch.func's transforms too."""
+    # A compiler traces the operator itself.
+    return _FUNCTIONS[op].apply(*args) if transformed() else op(*args)
+
+
+def transformed() -> bool:
+    """Whether torch.func, or vmap by another name, transforms what runs now; False while a compiler traces."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Forward-mode differentiation would silently lose what passes through an operator.
+
+    Raises:
+        Unsupported: one of the tensors has a tangent.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise _no_forward_mode()
+
+
+def _no_forward_mode() -> Unsupported:
+    do = "use reverse mode: backward(), torch.autograd.grad, or torch.func's grad, vjp and jacrev"
+    return Unsupported("forward-mode differentiation of the experts", "operators with a backward pass alone", do)
