@@ -25,6 +25,7 @@ from moebius.core import layout
 from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError
 from moebius.core.folder import listed, read_folder
+from moebius.core.routing import LOSSES
 from moebius.torch_frontend import MoE, load_moe, parameters, state
 
 Say = Callable[[str], None]
@@ -158,8 +159,9 @@ def _problem(layer: MoE, x_TD: np.ndarray, dtype: str, seed: int, where: str) ->
         do = "float16 ends at 65504: use another dtype" if dtype == "float16" else "look for where they arise"
         raise ConfigError(f"finite values in {dtype} at {where}", f"inf or nan in {listed(broken)}", do)
     bias_E = state(layer).get("gate.e_score_correction_bias")
+    off: dict[str, Any] = {f"{loss}_coeff": 0.0 for loss in LOSSES}  # of training; the sides run in evaluation
     return Problem(
-        config=replace(layer.config, dtype=dtype, gate_dtype=None, aux_loss_coeff=0.0),
+        config=replace(layer.config, dtype=dtype, gate_dtype=None, **off),
         dtype=dtype,
         x_TD=x_TD,
         dy_TD=upstream(x_TD.shape, dtype, seed),

@@ -58,6 +58,11 @@ class Activation:
                 f"activation {self.name!r}, interleaved and not gated", "one half only", "set interleaved=False"
             )
 
+        if self.limit is not None and self.limit < 0:
+            raise ConfigError(
+                f"activation {self.name!r} with limit={self.limit}", "bounds that cross", "use a limit of 0 or more"
+            )
+
     def up_width(self, inter_dim: int) -> int:
         """Width U of the first projection for hidden width `inter_dim` (I)."""
         return 2 * inter_dim if self.gated else inter_dim

@@ -20,6 +20,9 @@ from moebius.core.errors import ConfigError
 # Added to the sum before a division: weights of an all-zero row stay zero.
 NORM_EPSILON = 1e-20
 
+# Losses of the router, by the names of the functions that compute them; MoEConfig has a `<name>_coeff` of each.
+LOSSES = ("aux_loss", "z_loss", "seq_aux_loss")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRule:

@@ -50,6 +50,7 @@ _LITERALS: dict[str, Any] = {
     ],
     "token_mask": [True, True, True, True, False, True, True, True],
     "padding_mask": [[False, False, False, True], [True, False, False, False]],
+    "n_sequences": 2,
 }
 _LITERALS_OF = {"experts": ("ids", "weights", "token_mask"), "gate": ("token_mask",), "moe": ("padding_mask",)}
 
@@ -64,6 +65,7 @@ _RULE_OF = {
 # they are multiples of 1/32. Exact in bfloat16.
 _LIMIT = 1.015625
 
+_LOSSES = {"z_loss_coeff": 0.03125, "seq_aux_loss_coeff": 0.5}
 _CORRECTED = {"force_e_score_correction_bias": True, "norm_topk_prob": True, "route_scale": 2.5}
 _GROUPS = {"n_expert_groups": 2, "n_limited_groups": 1}
 _BIASES = {"expert_bias": True, "router_bias": True}
@@ -95,6 +97,13 @@ _LAYERS: dict[str, Settings] = {
         **_GROUPS,
         "score_func": "sigmoid_with_bias",
         "n_shared_experts": 1,
+    },
+    "deepseek_v3_losses": {
+        **_CORRECTED,
+        **_GROUPS,
+        **_LOSSES,
+        "score_func": "sigmoid_with_bias",
+        "aux_loss_coeff": 0.0625,
     },
     "deepseek_v4": {
         **_CORRECTED,
@@ -183,6 +192,8 @@ def _gates() -> Iterator[tuple[str, Settings]]:
         base |= {"norm_topk_prob": True, "router_bias": True}
         yield f"{name}-one_expert", base | {"n_activated_experts": 1}
         yield f"{name}-all_experts", base | {"n_activated_experts": 8}
+        corrected = {"force_e_score_correction_bias": True, "n_expert_groups": 4, "n_limited_groups": 2}
+        yield f"{name}-losses", base | corrected | _LOSSES
 
 
 def _layers() -> Iterator[tuple[str, Settings]]:
@@ -206,7 +217,8 @@ def _inputs(kind: str, settings: Settings, arrays: dict[str, Any]) -> dict[str, 
         recipe = "bias" if row.zeros else "weight"
         recipe = f"router {recipe}" if row.name in _ROUTER else recipe
         chosen[row.name] = _drawn(row.name, recipe, row.shape, arrays)
-    for name in _LITERALS_OF[kind]:
+    sequences = ("n_sequences",) if kind == "gate" and config.seq_aux_loss_coeff else ()
+    for name in (*_LITERALS_OF[kind], *sequences):
         arrays[name] = {"values": _LITERALS[name]}
         chosen[name] = name
     return chosen

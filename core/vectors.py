@@ -23,6 +23,8 @@ import numpy as np
 from moebius.core import reference
 from moebius.core.config import MoEConfig
 from moebius.core.precision import EXACT, Arithmetic
+from moebius.core.reference.route import top_k
+from moebius.core.routing import LOSSES
 from moebius.core.vector_cases import LAYOUTS, config_of, declared
 
 Kind = Literal["experts", "gate", "moe"]
@@ -40,7 +42,7 @@ _ABOUT = {
     " where s[0] = 48271 seed mod 2147483647 and s[n] = 48271 s[n-1] mod 2147483647",
     "case": "kind, config (what differs from the defaults), inputs (name: array), outputs (or the case that has"
     " the same ones); d before a name is the gradient of the sum of y * dy (gate: of weights * dweights), with"
-    " the auxiliary loss times its coefficient",
+    " each of the router's losses times its coefficient",
     "digits": DIGITS,
 }
 
@@ -55,11 +57,13 @@ class Case:
         config: the layer; float32 parameters.
         inputs: float64, int64 or bool. Every parameter by its name in `moebius.core.layout`, and
             experts: x [T, D], token_mask [T], weights and ids [T, K], dy [T, D];
-            gate: x [T, D], token_mask [T], dweights [T, K], and correction_bias [E] where the config has one;
+            gate: x [T, D], token_mask [T], dweights [T, K], correction_bias [E] where the config has one, and
+            n_sequences [] that the tokens make up where it has a loss of sequences;
             moe: x and dy [B, T, D], padding_mask [B, T] (True: padding), and correction_bias.
         outputs: float64 or int64. The gradient of each parameter as "d" + its name, dx, and
             experts: y, dweights; gate: weights, ids, load [E], aux_loss; moe: y, ids, load, aux_loss. The loss is
-            that before its coefficient, and there even where the coefficient is 0.
+            that before its coefficient, and there even where the coefficient is 0. z_loss and seq_aux_loss, likewise
+            before their coefficients, where the config has them.
     """
 
     name: str
@@ -148,11 +152,14 @@ def _experts(case: Case, ids_TK: np.ndarray | None, arithmetic: Arithmetic) -> A
 
 def _gate(case: Case, ids_TK: np.ndarray | None, arithmetic: Arithmetic) -> Arrays:
     given, config, mask_T = case.inputs, case.config, case.inputs["token_mask"]
-    bias_E, k = given.get("correction_bias"), config.n_activated_experts
+    bias_E, best_TK = given.get("correction_bias"), _best(given["x"], case.parameters, config)
+    settings: dict[str, Any] = {"n_sequences": int(given.get("n_sequences", 1)), "best_TK": best_TK}
+    settings["arithmetic"] = arithmetic
     logits_TE, routing = reference.gate(
         given["x"], case.parameters, config, correction_bias_E=bias_E, ids_TK=ids_TK, arithmetic=arithmetic
     )
     load_E = reference.expert_load(routing.ids_TK, mask_T, config.n_routed_experts)
+    losses = reference.losses(logits_TE, routing, mask_T, config, **settings)
     dx_TD, grads = reference.gate_vjp(
         given["x"],
         logits_TE,
@@ -160,12 +167,11 @@ def _gate(case: Case, ids_TK: np.ndarray | None, arithmetic: Arithmetic) -> Arra
         case.parameters,
         config,
         given["dweights"],
-        reference.aux_loss_vjp(routing.scores_TE, load_E, mask_T, k, config.aux_loss_coeff),
+        *reference.losses_vjp(logits_TE, routing, mask_T, config, **settings),
         correction_bias_E=bias_E,
         arithmetic=arithmetic,
     )
-    loss = reference.aux_loss(routing.scores_TE, load_E, mask_T, k, arithmetic)
-    chosen = {"weights": routing.weights_TK, "ids": routing.ids_TK, "load": load_E, "aux_loss": np.asarray(loss)}
+    chosen = {"weights": routing.weights_TK, "ids": routing.ids_TK, "load": load_E} | _losses(config, losses)
     return chosen | {"dx": dx_TD} | _gradients(grads)
 
 
@@ -173,14 +179,23 @@ def _moe(case: Case, ids_TK: np.ndarray | None, arithmetic: Arithmetic) -> Array
     given, config, shape = case.inputs, case.config, case.inputs["x"].shape
     x_TD, dy_TD = given["x"].reshape(-1, config.dim), given["dy"].reshape(-1, config.dim)
     mask_T, bias_E = ~given["padding_mask"].reshape(-1), given.get("correction_bias")
-    trace = reference.moe(
-        x_TD, mask_T, case.parameters, config, correction_bias_E=bias_E, ids_TK=ids_TK, arithmetic=arithmetic
-    )
-    dx_TD, grads = reference.moe_vjp(
-        trace, x_TD, mask_T, case.parameters, config, dy_TD, correction_bias_E=bias_E, arithmetic=arithmetic
-    )
-    chosen = {"ids": trace.routing.ids_TK, "load": trace.load_E, "aux_loss": np.asarray(trace.aux_loss)}
+    router = {name[5:]: value for name, value in case.parameters.items() if name.startswith("gate.")}
+    settings: dict[str, Any] = {"n_sequences": shape[0], "best_TK": _best(x_TD, router, config)}
+    settings |= {"correction_bias_E": bias_E, "arithmetic": arithmetic}
+    trace = reference.moe(x_TD, mask_T, case.parameters, config, ids_TK=ids_TK, **settings)
+    dx_TD, grads = reference.moe_vjp(trace, x_TD, mask_T, case.parameters, config, dy_TD, **settings)
+    losses = {name: getattr(trace, name) for name in LOSSES}
+    chosen = {"ids": trace.routing.ids_TK, "load": trace.load_E} | _losses(config, losses)
     return {"y": trace.y_TD.reshape(shape)} | chosen | {"dx": dx_TD.reshape(shape)} | _gradients(grads)
+
+
+def _best(x_TD: np.ndarray, router: Arrays, config: MoEConfig) -> np.ndarray:
+    """[T, K]: each token's best by score, ranked exactly: some logits are equal, and noise would order them anew."""
+    return top_k(reference.gate(x_TD, router, config)[0], config.n_activated_experts)
+
+
+def _losses(config: MoEConfig, losses: Mapping[str, float]) -> Arrays:
+    return {name: np.asarray(value) for name, value in losses.items() if name == "aux_loss" or name in config.losses}
 
 
 def _gradients(grads: Arrays) -> Arrays:

@@ -21,11 +21,13 @@ from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.checkpoint import load_moe
 from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
 from moebius.jax_frontend.experts import GroupedExperts, experts
-from moebius.jax_frontend.gate import FakeBalancedGate, Gate
+from moebius.jax_frontend.fake_gate import FakeBalancedGate
+from moebius.jax_frontend.gate import Gate, set_aux_loss_scale
+from moebius.jax_frontend.losses import aux_loss, seq_aux_loss, z_loss
 from moebius.jax_frontend.matmul import grouped_matmul, linear
 from moebius.jax_frontend.moe import MoE, SharedExperts
 from moebius.jax_frontend.permute import Permuted, PermuteState, permute, unpermute
-from moebius.jax_frontend.route import Routing, aux_loss, expert_load, route, updated_correction_bias
+from moebius.jax_frontend.route import Routing, expert_load, route, updated_correction_bias
 from moebius.jax_frontend.trace import trace
 from moebius.jax_frontend.weights import load_parameters, load_state, parameters, state
 
@@ -54,8 +56,11 @@ __all__ = [
     "parameters",
     "permute",
     "route",
+    "seq_aux_loss",
+    "set_aux_loss_scale",
     "state",
     "trace",
     "unpermute",
     "updated_correction_bias",
+    "z_loss",
 ]

@@ -19,7 +19,8 @@ from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.dtypes import as_dtype, promoted
 from moebius.jax_frontend.experts import GroupedExperts
-from moebius.jax_frontend.gate import FakeBalancedGate, Gate
+from moebius.jax_frontend.fake_gate import FakeBalancedGate
+from moebius.jax_frontend.gate import Gate
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.route import quiet
 from moebius.jax_frontend.weights import draw
@@ -121,7 +122,9 @@ class MoE(nnx.Module):
     Attributes:
         gate: Gate or FakeBalancedGate. experts: GroupedExperts.
         shared_experts, shared_expert_gate, fc1_latent_proj, fc2_latent_proj: modules, or None where the config
-            has none. The load and the auxiliary loss of the latest call: gate.last_load, gate.last_aux_loss.
+            has none. The load and the losses of the latest call: gate.last_load, gate.last_aux_loss and so on.
+        cp_axis: mesh axis, inside of jax.shard_map, whose devices hold other parts of the same sequences, over which
+            the gate's losses are taken where a call names none; None for this device alone.
         tap: called as tap(name, value) at the stages outside gate and experts, which have their own; returns the
             value to go on with. `trace.tapped` sets all of them.
     """
@@ -144,6 +147,7 @@ class MoE(nnx.Module):
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         dense = {**kwargs, "param_dtype": param_dtype or c.dtype}
         self.tap: Tap = untapped
+        self.cp_axis: Any = None
         self.gate: Gate | FakeBalancedGate
         if b.fake_balanced_gate:
             self.gate = FakeBalancedGate(c, noise=b.fake_gate_noise)
@@ -157,13 +161,14 @@ class MoE(nnx.Module):
         self.fc1_latent_proj = None if latent is None else Linear(c.dim, latent, c.expert_bias, **dense)
         self.fc2_latent_proj = None if latent is None else Linear(latent, c.dim, c.expert_bias, **dense)
 
-    def __call__(self, x: Array, padding_mask: Array | None = None) -> Array:
+    def __call__(self, x: Array, padding_mask: Array | None = None, cp_axis: Any = None) -> Array:
         """The layer's output.
 
         Args:
-            x: [..., dim] floating.
-            padding_mask: bool, x's leading shape, True for padding: no routed output, counted nowhere. The shared
-                experts see padding too. None for none.
+            x: [..., S, dim] floating; S is the length of a sequence for the loss that looks at sequences.
+            padding_mask: bool, x's leading shape, True for padding: visits no routed expert, counted nowhere. The
+                shared experts see padding too, and fc2_latent_proj's bias is added to it. None for none.
+            cp_axis: see Gate; None for the attribute of that name.
         Returns:
             x's shape, in the compute dtype.
         Raises:
@@ -178,7 +183,8 @@ class MoE(nnx.Module):
         token_mask_T = self._token_mask(x, padding_mask)
         if padding_mask is not None:
             x_TD = quiet(x_TD, token_mask_T)
-        weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T)
+        cp_axis = self.cp_axis if cp_axis is None else cp_axis
+        weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T, cp_axis, max(1, math.prod(x.shape[:-2])))
         weights_TK, ids_TK = self.tap("weights", weights_TK), self.tap("ids", ids_TK)
         latent_TD = x_TD if self.fc1_latent_proj is None else self.tap("latent", self.fc1_latent_proj(x_TD))
         y_TD = self.experts(latent_TD, token_mask_T, weights_TK, ids_TK)

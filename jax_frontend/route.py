@@ -1,4 +1,4 @@
-"""Step 2: logits to experts and weights, with the load and the losses that balance it."""
+"""Step 2: logits to experts and weights, with the load and the bias that balances it."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def route(
     checks.logits(logits_TE, config.n_routed_experts)
     rule = config.routing_rule
     logits_TE = promoted(logits_TE)
-    score_TE = _score(logits_TE, rule)
+    score_TE = score(logits_TE, rule)
     if ids_TK is None:
         choice_TE = _choice(lax.stop_gradient(logits_TE), lax.stop_gradient(score_TE), config, correction_bias_E)
-        ids_TK = _top_k(choice_TE, config.n_activated_experts)
+        ids_TK = top_k(choice_TE, config.n_activated_experts)
     chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E)
     if config.norm_topk_prob and config.n_activated_experts > 1:
-        chosen_TK = _normalised(chosen_TK)
-        scores_TE = _normalised(scores_TE)
+        chosen_TK = normalised(chosen_TK)
+        scores_TE = normalised(scores_TE)
     return Routing(chosen_TK * config.route_scale, ids_TK.astype(jnp.int32), scores_TE)
 
 
@@ -86,24 +86,6 @@ def expert_load(ids_TK: Int[Array, "T K"], token_mask_T: Bool[Array, " T"], n_ex
     return chosen_TE.sum(0, dtype=jnp.int32)
 
 
-def aux_loss(
-    scores_TE: Float[Array, "T E"], load_E: Int[Array, " E"], token_mask_T: Bool[Array, " T"], k: int
-) -> Array:
-    """Load-balancing loss, a scalar in scores' dtype; 1 for uniform softmax routing. Not scaled by a coefficient.
-
-    Spec: core.reference.aux_loss. Source: Switch Transformers, arXiv:2101.03961, equation 4.
-    """
-    n = jnp.maximum(token_mask_T.sum(dtype=jnp.int32), 1).astype(scores_TE.dtype)
-    share_E = load_E.astype(scores_TE.dtype) * load_E.shape[0] / (k * n)
-    mean_E = jnp.where(token_mask_T[:, None], scores_TE, 0).sum(0) / n
-    return (share_E * mean_E).sum()
-
-
-def attach_aux_loss(weights_TK: Float[Array, "T K"], loss: Array, scale: float) -> Array:
-    """`weights_TK` unchanged; in backward `loss` receives the gradient `scale`, whatever the weights receive."""
-    return _attach_aux_loss(weights_TK, loss, jnp.asarray(scale, loss.dtype))
-
-
 def updated_correction_bias(bias_E: Float[Array, " E"], load_E: Int[Array, " E"], factor: float) -> Array:
     """The correction bias one step on: up for experts below the mean load, down for those above.
 
@@ -113,24 +95,8 @@ def updated_correction_bias(bias_E: Float[Array, " E"], load_E: Int[Array, " E"]
     return bias_E + factor * jnp.sign(load_E.mean() - load_E)
 
 
-@jax.custom_vjp
-def _attach_aux_loss(weights_TK: Float[Array, "T K"], loss: Array, scale: Array) -> Array:
-    return weights_TK
-
-
-def _attach_forward(weights_TK: Float[Array, "T K"], loss: Array, scale: Array) -> tuple[Array, Array]:
-    # As loss varies: inside shard_map a gradient must vary like what it is the gradient of.
-    return weights_TK, scale * jnp.ones_like(loss)
-
-
-def _attach_backward(dloss: Array, dweights_TK: Float[Array, "T K"]) -> tuple[Array, Array, None]:
-    return dweights_TK, dloss, None
-
-
-_attach_aux_loss.defvjp(_attach_forward, _attach_backward)
-
-
-def _score(logits_TE: Float[Array, "T E"], rule: RoutingRule) -> Array:
+def score(logits_TE: Float[Array, "T E"], rule: RoutingRule) -> Array:
+    """[T, E]: every expert's score, neither biased nor normalised. Spec: core.reference.score."""
     if rule.score == "softmax":
         return jax.nn.softmax(logits_TE, axis=-1)
     if rule.score == "sigmoid":
@@ -161,12 +127,12 @@ def _choice(
     choice_TGM = choice_TE.reshape(-1, config.n_expert_groups, per_group)
     best = {"top2": 2, "max": 1, "max_unless_bias": 1 if bias_E is None else 2}[rule.group_score]
     group_TG = lax.top_k(choice_TGM, min(best, per_group))[0].sum(-1)
-    kept_TL = _top_k(group_TG, config.n_limited_groups)
+    kept_TL = top_k(group_TG, config.n_limited_groups)
     kept_TG = (kept_TL[:, :, None] == jnp.arange(config.n_expert_groups, dtype=jnp.int32)).any(1)
     return jnp.where(kept_TG[..., None], choice_TGM, rule.group_fill).reshape(choice_TE.shape)
 
 
-def _top_k(choice_TE: Float[Array, "T E"], k: int) -> Array:
+def top_k(choice_TE: Float[Array, "T E"], k: int) -> Array:
     """[T, k] int32, best first; ties to the lowest id, -0 equal to +0, NaN ranks as -inf."""
     # lax.top_k takes the lowest index of equal values, but ranks +0 above -0 and NaN first.
     ranked_TE = jnp.where(choice_TE == 0, 0, choice_TE)
@@ -189,5 +155,6 @@ def _before_norm(
     return jnp.take_along_axis(score_TE, ids_TK, axis=1), score_TE
 
 
-def _normalised(value: Array) -> Array:
+def normalised(value: Array) -> Array:
+    """Each row over its sum."""
     return value / (value.sum(-1, keepdims=True) + NORM_EPSILON)

@@ -15,7 +15,8 @@ from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.checks import check_arrays
 from moebius.torch_frontend.dtypes import as_dtype, promoted
 from moebius.torch_frontend.experts import GroupedExperts
-from moebius.torch_frontend.gate import FakeBalancedGate, Gate
+from moebius.torch_frontend.fake_gate import FakeBalancedGate
+from moebius.torch_frontend.gate import Gate
 from moebius.torch_frontend.matmul import linear
 from moebius.torch_frontend.route import quiet
 from moebius.torch_frontend.weights import draw
@@ -94,7 +95,9 @@ class MoE(nn.Module):
     Attributes:
         gate: Gate or FakeBalancedGate. experts: GroupedExperts.
         shared_experts, shared_expert_gate, fc1_latent_proj, fc2_latent_proj: modules, or None where the config
-            has none. The load and the auxiliary loss of the latest call: gate.last_load, gate.last_aux_loss.
+            has none. The load and the losses of the latest call: gate.last_load, gate.last_aux_loss and so on.
+        cp_mesh: DeviceMesh of the ranks that hold other parts of the same sequences, over which the gate's losses are
+            taken where a call names none; None for this rank alone.
         tap: called as tap(name, value) at the stages outside gate and experts, which have their own; returns the
             value to go on with. `trace.tapped` sets all of them.
     """
@@ -116,6 +119,7 @@ class MoE(nn.Module):
         kwargs: dict[str, Any] = {"param_dtype": param_dtype, "device": device}
         dense = {"param_dtype": param_dtype or c.dtype, "device": device}
         self.tap: Tap = untapped
+        self.cp_mesh: Any = None
         self.gate: Gate | FakeBalancedGate
         if b.fake_balanced_gate:
             self.gate = FakeBalancedGate(c, noise=b.fake_gate_noise)
@@ -129,13 +133,14 @@ class MoE(nn.Module):
         self.fc1_latent_proj = None if latent is None else Linear(c.dim, latent, c.expert_bias, **dense)
         self.fc2_latent_proj = None if latent is None else Linear(latent, c.dim, c.expert_bias, **dense)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, cp_mesh: Any = None) -> Tensor:
         """The layer's output.
 
         Args:
-            x: [..., dim] floating.
-            padding_mask: bool, x's leading shape, True for padding: no routed output, counted nowhere. The shared
-                experts see padding too. None for none.
+            x: [..., S, dim] floating; S is the length of a sequence for the loss that looks at sequences.
+            padding_mask: bool, x's leading shape, True for padding: visits no routed expert, counted nowhere. The
+                shared experts see padding too, and fc2_latent_proj's bias is added to it. None for none.
+            cp_mesh: see Gate; None for the attribute of that name.
         Returns:
             x's shape, in the compute dtype.
         Raises:
@@ -150,7 +155,8 @@ class MoE(nn.Module):
         token_mask_T = self._token_mask(x, padding_mask)
         if padding_mask is not None:
             x_TD = quiet(x_TD, token_mask_T)
-        weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T)
+        cp_mesh = self.cp_mesh if cp_mesh is None else cp_mesh
+        weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T, cp_mesh, max(1, x.shape[:-2].numel()))
         weights_TK, ids_TK = self.tap("weights", weights_TK), self.tap("ids", ids_TK)
         latent_TD = x_TD if self.fc1_latent_proj is None else self.tap("latent", self.fc1_latent_proj(x_TD))
         y_TD = self.experts(latent_TD, token_mask_T, weights_TK, ids_TK)

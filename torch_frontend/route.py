@@ -1,8 +1,8 @@
-"""Step 2: logits to experts and weights, with the load and the losses that balance it."""
+"""Step 2: logits to experts and weights, with the load and the bias that balances it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,14 +51,14 @@ def route(
     checks.logits(logits_TE, config.n_routed_experts)
     rule = config.routing_rule
     logits_TE = promoted(logits_TE)
-    score_TE = _score(logits_TE, rule)
+    score_TE = score(logits_TE, rule)
     if ids_TK is None:
         choice_TE = _choice(logits_TE.detach(), score_TE.detach(), config, correction_bias_E)
-        ids_TK = _top_k(choice_TE, config.n_activated_experts)
+        ids_TK = top_k(choice_TE, config.n_activated_experts)
     chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK.long(), rule, correction_bias_E)
     if config.norm_topk_prob and config.n_activated_experts > 1:
-        chosen_TK = _normalised(chosen_TK)
-        scores_TE = _normalised(scores_TE)
+        chosen_TK = normalised(chosen_TK)
+        scores_TE = normalised(scores_TE)
     return Routing(chosen_TK * config.route_scale, ids_TK.to(torch.int32), scores_TE)
 
 
@@ -84,25 +84,6 @@ def expert_load(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_
     return chosen_TE[:, :n_experts].sum(0, dtype=torch.int32)
 
 
-def aux_loss(
-    scores_TE: Float[Tensor, "T E"], load_E: Int[Tensor, " E"], token_mask_T: Bool[Tensor, " T"], k: int
-) -> Tensor:
-    """Load-balancing loss, a scalar in scores' dtype; 1 for uniform softmax routing. Not scaled by a coefficient.
-
-    Spec: core.reference.aux_loss. Source: Switch Transformers, arXiv:2101.03961, equation 4.
-    """
-    n = token_mask_T.sum().clamp(min=1).to(scores_TE.dtype)
-    share_E = load_E.to(scores_TE.dtype) * load_E.shape[0] / (k * n)
-    mean_E = torch.where(token_mask_T[:, None], scores_TE, 0.0).sum(0) / n
-    return (share_E * mean_E).sum()
-
-
-def attach_aux_loss(weights_TK: Float[Tensor, "T K"], loss: Tensor, scale: float) -> Tensor:
-    """`weights_TK` unchanged; in backward `loss` receives the gradient `scale`, whatever the weights receive."""
-    attached: Tensor = _AttachAuxLoss.apply(weights_TK, loss, scale)
-    return attached
-
-
 def updated_correction_bias(bias_E: Float[Tensor, " E"], load_E: Int[Tensor, " E"], factor: float) -> Tensor:
     """The correction bias one step on: up for experts below the mean load, down for those above.
 
@@ -112,23 +93,8 @@ def updated_correction_bias(bias_E: Float[Tensor, " E"], load_E: Int[Tensor, " E
     return bias_E + factor * torch.sign(load_E.mean() - load_E)
 
 
-class _AttachAuxLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(weights_TK: Float[Tensor, "T K"], loss: Tensor, scale: float) -> Tensor:
-        return weights_TK.view_as(weights_TK)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        _, loss, ctx.scale = inputs
-        ctx.like = (loss.dtype, loss.device)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        dtype, device = ctx.like
-        return grads[0], torch.full((), ctx.scale, dtype=dtype, device=device), None
-
-
-def _score(logits_TE: Float[Tensor, "T E"], rule: RoutingRule) -> Tensor:
+def score(logits_TE: Float[Tensor, "T E"], rule: RoutingRule) -> Tensor:
+    """[T, E]: every expert's score, neither biased nor normalised. Spec: core.reference.score."""
     if rule.score == "softmax":
         return torch.softmax(logits_TE, dim=-1)
     if rule.score == "sigmoid":
@@ -159,11 +125,11 @@ def _choice(
     best = {"top2": 2, "max": 1, "max_unless_bias": 1 if bias_E is None else 2}[rule.group_score]
     group_TG = choice_TGM.topk(min(best, choice_TGM.shape[-1]), dim=-1).values.sum(-1)
     kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
-    kept_TG.scatter_(1, _top_k(group_TG, config.n_limited_groups), True)
+    kept_TG.scatter_(1, top_k(group_TG, config.n_limited_groups), True)
     return torch.where(kept_TG[..., None], choice_TGM, rule.group_fill).flatten(-2)
 
 
-def _top_k(choice_TE: Float[Tensor, "T E"], k: int) -> Tensor:
+def top_k(choice_TE: Float[Tensor, "T E"], k: int) -> Tensor:
     """[T, k] int64, best first; ties to the lowest id, -0 equal to +0, NaN ranks as -inf."""
     ranked_TE = torch.where(choice_TE == 0, 0.0, choice_TE)
     ranked_TE = torch.where(ranked_TE.isnan(), -torch.inf, ranked_TE)
@@ -186,5 +152,6 @@ def _before_norm(
     return score_TE.gather(1, ids_TK), score_TE
 
 
-def _normalised(value: Tensor) -> Tensor:
+def normalised(value: Tensor) -> Tensor:
+    """Each row over its sum."""
     return value / (value.sum(-1, keepdim=True) + NORM_EPSILON)

@@ -17,7 +17,7 @@ from moebius.torch_frontend.moe import MoE
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_STATISTICS = ("last_load", "last_aux_loss", "cumulative_load")
+_STATISTICS = ("last_load", "last_aux_loss", "last_z_loss", "last_seq_aux_loss", "cumulative_load")
 
 
 @contextmanager

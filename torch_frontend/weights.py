@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moebius.core import checks
 from moebius.core.errors import CheckpointError
 from moebius.core.layout import Parameter
+from moebius.torch_frontend.sharding import matching
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def load_parameters(module: nn.Module, values: Mapping[str, Any]) -> None:
     """Copy `values` into the module's parameters, cast to their dtype; all of them or, on an error, none.
 
     Args:
-        values: by dotted name, tensors or NumPy arrays in the layout's shapes.
+        values: by dotted name, tensors or NumPy arrays in the layout's shapes, of all experts; each rank takes its part.
 
     Raises:
         CheckpointError: names are missing or unexpected; lists all of them.
@@ -72,4 +73,4 @@ def _load(own: Mapping[str, Tensor], values: Mapping[str, Any], what: str) -> No
     for name, value in values.items():
         checks.parameter(name, value, tuple(own[name].shape))
     for name, value in values.items():
-        own[name].copy_(torch.as_tensor(value))
+        own[name].copy_(matching(own[name], torch.as_tensor(value)))

@@ -11,19 +11,20 @@ from moebius.core.reference.activate import activate, activate_vjp
 from moebius.core.reference.bias import add_bias, add_bias_vjp
 from moebius.core.reference.dispatch import Tokens, combine, combine_vjp, dispatch, dispatch_vjp
 from moebius.core.reference.experts import ExpertsTrace, experts, experts_vjp
+from moebius.core.reference.losses import (
+    aux_loss,
+    aux_loss_vjp,
+    losses,
+    losses_vjp,
+    seq_aux_loss,
+    seq_aux_loss_vjp,
+    z_loss,
+    z_loss_vjp,
+)
 from moebius.core.reference.matmul import grouped_matmul, grouped_matmul_vjp, linear, linear_vjp
 from moebius.core.reference.moe import MoETrace, gate, gate_vjp, moe, moe_vjp, quiet, shared_experts, shared_experts_vjp
 from moebius.core.reference.permute import Permuted, permute, permute_vjp, unpermute, unpermute_vjp
-from moebius.core.reference.route import (
-    Routing,
-    aux_loss,
-    aux_loss_vjp,
-    expert_load,
-    route,
-    route_vjp,
-    score,
-    updated_correction_bias,
-)
+from moebius.core.reference.route import Routing, expert_load, route, route_vjp, score, updated_correction_bias
 
 __all__ = [
     "ExpertsTrace",
@@ -50,6 +51,8 @@ __all__ = [
     "grouped_matmul_vjp",
     "linear",
     "linear_vjp",
+    "losses",
+    "losses_vjp",
     "moe",
     "moe_vjp",
     "permute",
@@ -58,9 +61,13 @@ __all__ = [
     "route",
     "route_vjp",
     "score",
+    "seq_aux_loss",
+    "seq_aux_loss_vjp",
     "shared_experts",
     "shared_experts_vjp",
     "unpermute",
     "unpermute_vjp",
     "updated_correction_bias",
+    "z_loss",
+    "z_loss_vjp",
 ]

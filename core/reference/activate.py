@@ -71,7 +71,7 @@ def halves(hidden_RU: Float[np.ndarray, "R U"], activation: Activation) -> tuple
 
 def joined(gate_RI: Float[np.ndarray, "R I"], up_RI: Float[np.ndarray, "R I"], activation: Activation) -> np.ndarray:
     if activation.interleaved:
-        return np.stack([gate_RI, up_RI], axis=-1).reshape(len(gate_RI), -1)
+        return np.stack([gate_RI, up_RI], axis=-1).reshape(len(gate_RI), 2 * gate_RI.shape[-1])
     return np.concatenate([gate_RI, up_RI], axis=-1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from moebius.core.config import MoEConfig
 from moebius.core.precision import EXACT, Arithmetic
 from moebius.core.reference.activate import activate, activate_vjp, sigmoid
 from moebius.core.reference.experts import ExpertsTrace, experts, experts_vjp
+from moebius.core.reference.losses import losses, losses_vjp
 from moebius.core.reference.matmul import linear, linear_vjp
-from moebius.core.reference.route import Routing, aux_loss, aux_loss_vjp, expert_load, route, route_vjp
+from moebius.core.reference.route import Routing, expert_load, route, route_vjp
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -28,7 +29,8 @@ class MoETrace:
     """Every stage of one forward pass.
 
     Attributes:
-        logits_TE, routing, load_E, aux_loss: of the gate; the loss is not scaled by its coefficient.
+        logits_TE, routing, load_E: of the gate.
+        aux_loss, z_loss, seq_aux_loss: of the gate, not scaled by their coefficients.
         latent_TD: what the experts read. experts: their stages.
         shared_TD: shared experts' output, zero without any. y_TD: the result.
     """
@@ -37,6 +39,8 @@ class MoETrace:
     routing: Routing
     load_E: Int[np.ndarray, " E"]
     aux_loss: float
+    z_loss: float
+    seq_aux_loss: float
     latent_TD: Float[np.ndarray, "T D"]
     experts: ExpertsTrace
     shared_TD: Float[np.ndarray, "T D"]
@@ -74,12 +78,17 @@ def gate_vjp(
     config: MoEConfig,
     dweights_TK: Float[np.ndarray, "T K"],
     dscores_TE: Float[np.ndarray, "T E"] | None = None,
+    dlogits_TE: Float[np.ndarray, "T E"] | None = None,
     *,
     correction_bias_E: Float[np.ndarray, " E"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(dx_TD, gradients of the gate's parameters)."""
-    dlogits_TE = route_vjp(
+    """(dx_TD, gradients of the gate's parameters).
+
+    Args:
+        dscores_TE, dlogits_TE: of the losses, see `losses_vjp`; None for none.
+    """
+    routed_TE = route_vjp(
         logits_TE,
         config,
         ids_TK,
@@ -88,6 +97,7 @@ def gate_vjp(
         correction_bias_E=correction_bias_E,
         arithmetic=arithmetic,
     )
+    dlogits_TE = routed_TE if dlogits_TE is None else arithmetic.curve(routed_TE + dlogits_TE)
     dx_TD, dweight, dbias = linear_vjp(x_TD, parameters["weight"], arithmetic.store(dlogits_TE), arithmetic)
     return dx_TD, {"weight": dweight, "bias": dbias} if "bias" in parameters else {"weight": dweight}
 
@@ -137,6 +147,8 @@ def moe(
     *,
     correction_bias_E: Float[np.ndarray, " E"] | None = None,
     ids_TK: Int[np.ndarray, "T K"] | None = None,
+    n_sequences: int = 1,
+    best_TK: Int[np.ndarray, "T K"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> MoETrace:
     """The whole layer, with every stage on the way.
@@ -144,6 +156,7 @@ def moe(
     Args:
         parameters: by the dotted names of `moebius.core.layout.moe`.
         ids_TK: forced experts; None to route by the logits.
+        n_sequences, best_TK: see `seq_aux_loss`.
     """
     x_TD = quiet(x_TD, token_mask_T)
     logits_TE, routing = gate(
@@ -155,7 +168,8 @@ def moe(
         arithmetic=arithmetic,
     )
     load_E = expert_load(routing.ids_TK, token_mask_T, config.n_routed_experts)
-    loss = aux_loss(routing.scores_TE, load_E, token_mask_T, config.n_activated_experts, arithmetic)
+    settings: dict[str, Any] = {"n_sequences": n_sequences, "best_TK": best_TK, "arithmetic": arithmetic}
+    lost = losses(logits_TE, routing, token_mask_T, config, **settings)
     has_latent = config.moe_latent_size is not None
     latent_TD = _project("fc1_latent_proj", x_TD, parameters, arithmetic) if has_latent else x_TD
     trace = experts(
@@ -176,7 +190,7 @@ def moe(
         logits_TE=logits_TE,
         routing=routing,
         load_E=load_E,
-        aux_loss=loss,
+        **lost,
         latent_TD=latent_TD,
         experts=trace,
         shared_TD=shared_TD,
@@ -193,9 +207,12 @@ def moe_vjp(
     dy_TD: Float[np.ndarray, "T D"],
     *,
     correction_bias_E: Float[np.ndarray, " E"] | None = None,
+    aux_loss_scale: float = 1.0,
+    n_sequences: int = 1,
+    best_TK: Int[np.ndarray, "T K"] | None = None,
     arithmetic: Arithmetic = EXACT,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(dx_TD, gradient of every parameter), the auxiliary loss with its coefficient included."""
+    """(dx_TD, gradient of every parameter) of sum(y * dy) + aux_loss_scale * sum(each loss times its coefficient)."""
     grads: dict[str, np.ndarray] = {}
     heard_TD = token_mask_T[:, None] | np.isfinite(x_TD)
     x_TD = quiet(x_TD, token_mask_T)
@@ -211,9 +228,8 @@ def moe_vjp(
     grads |= {f"experts.{name}": value for name, value in expert_grads.items()}
     if config.moe_latent_size is not None:
         dlatent_TD = _project_vjp("fc1_latent_proj", x_TD, parameters, dlatent_TD, grads, arithmetic)
-    dscores_TE = aux_loss_vjp(
-        trace.routing.scores_TE, trace.load_E, token_mask_T, config.n_activated_experts, config.aux_loss_coeff
-    )
+    settings: dict[str, Any] = {"n_sequences": n_sequences, "best_TK": best_TK, "arithmetic": arithmetic}
+    of_losses = losses_vjp(trace.logits_TE, trace.routing, token_mask_T, config, scale=aux_loss_scale, **settings)
     dgate_TD, gate_grads = gate_vjp(
         x_TD,
         trace.logits_TE,
@@ -221,7 +237,7 @@ def moe_vjp(
         _part(parameters, "gate"),
         config,
         dweights_TK,
-        dscores_TE,
+        *of_losses,
         correction_bias_E=correction_bias_E,
         arithmetic=arithmetic,
     )

@@ -1,4 +1,4 @@
-"""Step 2, logits to experts and weights, with the load and the losses that balance it."""
+"""Step 2, logits to experts and weights, with the load and the bias that balances it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def route(
     rule = config.routing_rule
     score_TE = score(logits_TE, rule, arithmetic)
     if ids_TK is None:
-        ids_TK = _top_k(_choice(logits_TE, score_TE, config, correction_bias_E), config.n_activated_experts)
+        ids_TK = top_k(_choice(logits_TE, score_TE, config, correction_bias_E), config.n_activated_experts)
     chosen_TK, scores_TE = _before_norm(logits_TE, score_TE, ids_TK, rule, correction_bias_E, arithmetic)
     if config.norm_topk_prob and config.n_activated_experts > 1:
-        chosen_TK = _normalised(chosen_TK, arithmetic)
-        scores_TE = _normalised(scores_TE, arithmetic)
+        chosen_TK = normalised(chosen_TK, arithmetic)
+        scores_TE = normalised(scores_TE, arithmetic)
     weights_TK = arithmetic.curve(chosen_TK * config.route_scale)
     return Routing(weights_TK=weights_TK, ids_TK=ids_TK.astype(np.int32), scores_TE=scores_TE)
 
@@ -73,17 +73,17 @@ def route_vjp(
     dchosen_TK = dweights_TK * config.route_scale
     dscores_TE = np.zeros_like(logits_TE) if dscores_TE is None else dscores_TE
     if config.norm_topk_prob and config.n_activated_experts > 1:
-        dchosen_TK = _normalised_vjp(chosen_TK, dchosen_TK, arithmetic)
-        dscores_TE = _normalised_vjp(scores_TE, dscores_TE, arithmetic)
+        dchosen_TK = normalised_vjp(chosen_TK, dchosen_TK, arithmetic)
+        dscores_TE = normalised_vjp(scores_TE, dscores_TE, arithmetic)
     tokens = np.arange(len(logits_TE))[:, None]
     dlogits_TE = np.zeros_like(logits_TE)
     if rule.weights_from == "chosen_logits":
-        np.add.at(dlogits_TE, (tokens, ids_TK), _softmax_vjp(chosen_TK, dchosen_TK, arithmetic))
+        np.add.at(dlogits_TE, (tokens, ids_TK), softmax_vjp(chosen_TK, dchosen_TK, arithmetic))
         dscore_TE = dscores_TE
     else:
         dscore_TE = dscores_TE.copy()
         np.add.at(dscore_TE, (tokens, ids_TK), dchosen_TK)
-    return arithmetic.curve(dlogits_TE + _score_vjp(logits_TE, score_TE, dscore_TE, rule, arithmetic))
+    return arithmetic.curve(dlogits_TE + score_vjp(logits_TE, score_TE, dscore_TE, rule, arithmetic))
 
 
 def expert_load(ids_TK: Int[np.ndarray, "T K"], token_mask_T: Bool[np.ndarray, " T"], n_experts: int) -> np.ndarray:
@@ -94,36 +94,6 @@ def expert_load(ids_TK: Int[np.ndarray, "T K"], token_mask_T: Bool[np.ndarray, "
             if 0 <= expert < n_experts:
                 load_E[expert] += 1
     return load_E
-
-
-def aux_loss(
-    scores_TE: Float[np.ndarray, "T E"],
-    load_E: Int[np.ndarray, " E"],
-    token_mask_T: Bool[np.ndarray, " T"],
-    k: int,
-    arithmetic: Arithmetic = EXACT,
-) -> float:
-    """Load-balancing loss: sum over experts of (load share x E) * mean score; 1 for uniform softmax routing.
-
-    Source: Fedus et al., Switch Transformers, arXiv:2101.03961, equation 4.
-    """
-    n = max(int(token_mask_T.sum()), 1)
-    share_E = load_E * load_E.shape[0] / (k * n)
-    mean_E = arithmetic.sum(np.where(token_mask_T[:, None], scores_TE, 0.0), axis=0) / n
-    return float(arithmetic.curve(arithmetic.sum(share_E * mean_E)))
-
-
-def aux_loss_vjp(
-    scores_TE: Float[np.ndarray, "T E"],
-    load_E: Int[np.ndarray, " E"],
-    token_mask_T: Bool[np.ndarray, " T"],
-    k: int,
-    dloss: float,
-) -> np.ndarray:
-    """Gradient of the scores; the load is a count and has none."""
-    n = max(int(token_mask_T.sum()), 1)
-    share_E = load_E * load_E.shape[0] / (k * n)
-    return np.where(token_mask_T[:, None], dloss * share_E / n, 0.0)
 
 
 def updated_correction_bias(
@@ -139,21 +109,22 @@ def updated_correction_bias(
 def score(logits_TE: Float[np.ndarray, "T E"], rule: RoutingRule, arithmetic: Arithmetic = EXACT) -> np.ndarray:
     """[T, E]: every expert's score, neither biased nor normalised."""
     if rule.score == "softmax":
-        return _softmax(logits_TE, arithmetic)
+        return softmax(logits_TE, arithmetic)
     if rule.score == "sigmoid":
         return arithmetic.curve(sigmoid(logits_TE))
     return arithmetic.curve(np.sqrt(np.logaddexp(0.0, logits_TE)))
 
 
-def _score_vjp(
+def score_vjp(
     logits_TE: Float[np.ndarray, "T E"],
     score_TE: Float[np.ndarray, "T E"],
     dscore_TE: Float[np.ndarray, "T E"],
     rule: RoutingRule,
     arithmetic: Arithmetic,
 ) -> np.ndarray:
+    """Gradient of the logits from that of the scores."""
     if rule.score == "softmax":
-        return _softmax_vjp(score_TE, dscore_TE, arithmetic)
+        return softmax_vjp(score_TE, dscore_TE, arithmetic)
     if rule.score == "sigmoid":
         return dscore_TE * score_TE * (1.0 - score_TE)
     return dscore_TE * sigmoid(logits_TE) / (2.0 * score_TE)
@@ -179,13 +150,13 @@ def _choice(
     choice_TGM = choice_TE.reshape(n_tokens, groups, -1)
     best = {"top2": 2, "max": 1, "max_unless_bias": 1 if bias_E is None else 2}[rule.group_score]
     group_TG = np.sort(choice_TGM, axis=-1)[..., -best:].sum(-1)
-    kept_TL = _top_k(group_TG, config.n_limited_groups)
+    kept_TL = top_k(group_TG, config.n_limited_groups)
     kept_TG = np.zeros((n_tokens, groups), bool)
     kept_TG[np.arange(n_tokens)[:, None], kept_TL] = True
     return np.where(kept_TG[:, :, None], choice_TGM, rule.group_fill).reshape(n_tokens, -1)
 
 
-def _top_k(choice_TE: Float[np.ndarray, "T E"], k: int) -> np.ndarray:
+def top_k(choice_TE: Float[np.ndarray, "T E"], k: int) -> np.ndarray:
     """The k best, best first; ties to the lowest id, -0 equal to +0, NaN ranks as -inf."""
     ranked_TE = np.where(np.isnan(choice_TE), -np.inf, np.where(choice_TE == 0, 0.0, choice_TE))
     return np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :k]
@@ -201,26 +172,30 @@ def _before_norm(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(chosen_TK, scores_TE): the chosen experts' raw weights and what the auxiliary loss reads."""
     if rule.weights_from == "chosen_logits":
-        return _softmax(np.take_along_axis(logits_TE, ids_TK, axis=-1), arithmetic), score_TE
+        return softmax(np.take_along_axis(logits_TE, ids_TK, axis=-1), arithmetic), score_TE
     if rule.weights_from == "biased_scores" and correction_bias_E is not None:
         score_TE = score_TE + correction_bias_E
     return np.take_along_axis(score_TE, ids_TK, axis=-1), score_TE
 
 
-def _normalised(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+def normalised(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    """Each row over its sum."""
     return arithmetic.curve(value / (arithmetic.sum(value, axis=-1, keepdims=True) + NORM_EPSILON))
 
 
-def _normalised_vjp(value: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+def normalised_vjp(value: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    """Gradient of the rows from that of the normalised ones."""
     total = value.sum(-1, keepdims=True) + NORM_EPSILON
     mean = arithmetic.sum(grad * (value / total), axis=-1, keepdims=True)
     return arithmetic.curve(grad - mean) / total
 
 
-def _softmax(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+def softmax(value: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    """Of each row."""
     power = arithmetic.curve(np.exp(value - value.max(-1, keepdims=True)))
     return arithmetic.curve(power / power.sum(-1, keepdims=True))
 
 
-def _softmax_vjp(softmax: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
-    return softmax * (grad - arithmetic.sum(grad * softmax, axis=-1, keepdims=True))
+def softmax_vjp(power: np.ndarray, grad: np.ndarray, arithmetic: Arithmetic) -> np.ndarray:
+    """Gradient of the rows from that of their softmax, whose value is `power`."""
+    return power * (grad - arithmetic.sum(grad * power, axis=-1, keepdims=True))

@@ -66,6 +66,12 @@ def test_activation_of_an_unknown_curve_is_refused():
         Activation(name="new", curve="tanh", gated=True, source="nowhere")
 
 
+def test_activation_with_a_limit_below_zero_is_refused():
+    with pytest.raises(ConfigError, match="limit=-1.0\nfound: bounds that cross"):
+        resolve("quick_geglu", settings(activation_limit=-1.0))
+    assert resolve("swigluoai", settings(activation_limit=-1.0)).limit is None
+
+
 def test_activation_interleaved_without_halves_is_refused():
     with pytest.raises(ConfigError, match="interleaved"):
         Activation(name="new", curve="relu2", gated=False, interleaved=True, source="nowhere")

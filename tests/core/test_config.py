@@ -81,8 +81,23 @@ def test_config_without_options_has_the_defaults_of_the_original():
     made = config()
     assert {name: getattr(made, name) for name in ORIGINAL_DEFAULTS} == ORIGINAL_DEFAULTS
     fields = {field.name for field in dataclasses.fields(MoEConfig)}
-    assert fields == ORIGINAL_DEFAULTS.keys() | ORIGINAL_DEMANDS | REQUIRED.keys() | {"gate_dtype"}
-    assert made.gate_dtype is None
+    added = {"gate_dtype": None, "z_loss_coeff": 0.0, "seq_aux_loss_coeff": 0.0}
+    assert fields == ORIGINAL_DEFAULTS.keys() | ORIGINAL_DEMANDS | REQUIRED.keys() | added.keys()
+    assert {name: getattr(made, name) for name in added} == added
+
+
+def test_config_losses_are_those_with_a_coefficient():
+    assert config().losses == {}
+    made = config(aux_loss_coeff=0.5, z_loss_coeff=1, seq_aux_loss_coeff=0.25)
+    assert made.losses == {"aux_loss": 0.5, "z_loss": 1.0, "seq_aux_loss": 0.25}
+    assert config(z_loss_coeff=0.1).losses == {"z_loss": 0.1}
+
+
+@pytest.mark.parametrize("name", ["aux_loss_coeff", "z_loss_coeff", "seq_aux_loss_coeff"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), "1"])
+def test_config_with_a_coefficient_that_is_no_share_is_refused(name, value):
+    with pytest.raises(ConfigError, match=name):
+        config(**{name: value})
 
 
 @pytest.mark.parametrize("name", REQUIRED)

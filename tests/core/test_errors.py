@@ -16,6 +16,7 @@ PARENTS = {
     "BackendUnavailable": ImportError,
     "Unsupported": NotImplementedError,
     "CheckpointError": ValueError,
+    "StateDictError": RuntimeError,
 }
 CLASSES = [
     thing

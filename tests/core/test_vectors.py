@@ -56,7 +56,8 @@ def test_compute_repeated_gives_the_same_and_leaves_its_inputs_alone(case):
 def test_outputs_of_every_case_hold_every_gradient(case):
     values = {"experts": {"y", "dweights"}, "gate": {"weights", "ids", "load", "aux_loss"}}
     values["moe"] = {"y", "ids", "load", "aux_loss"}
-    assert case.outputs.keys() == values[case.kind] | {"dx"} | {f"d{name}" for name in case.parameters}
+    losses = case.config.losses.keys() if case.kind != "experts" else set()
+    assert case.outputs.keys() == values[case.kind] | losses | {"dx"} | {f"d{name}" for name in case.parameters}
     assert case.outputs["dx"].shape == case.inputs["x"].shape
     for name, value in case.parameters.items():
         assert case.outputs[f"d{name}"].shape == value.shape
@@ -251,7 +252,9 @@ def test_cases_cover_every_row_and_setting():
     layers = [case.config for case in of_kind["moe"]]
     assert {bool(c.n_shared_experts) + c.shared_expert_gate for c in layers} == {0, 1, 2}
     assert {c.shared_expert_activation for c in layers if c.n_shared_experts} == {"swiglu", "relu2"}
-    assert any(c.moe_latent_size for c in layers) and any(c.aux_loss_coeff for c in layers)
+    assert any(c.moe_latent_size for c in layers) and any(len(c.losses) == 3 for c in layers)
+    found = {c.config.routing_rule.name for c in of_kind["gate"] if len(c.config.losses) == 3}
+    assert found == ROUTING_RULES.keys()
     assert any(case.inputs["padding_mask"].any() for case in of_kind["moe"])
 
 

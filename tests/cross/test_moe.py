@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from sides import SIDES, Side, rounded
 
-from moebius.core import MoEConfig, layout, reference
+from moebius.core import ConfigError, MoEConfig, layout, reference
 from moebius.core.precision import EXACT
+from moebius.core.reference.route import top_k
+from moebius.core.routing import LOSSES
+from moebius.core.stages import untapped
 from moebius.core.tolerance import bounds, relative_error, within
 
 sides = pytest.mark.parametrize("side", SIDES, ids=str)
+frontends = pytest.mark.parametrize("side", (SIDES[0], SIDES[2]), ids=str)  # where the experts do not matter
 SIZES = {"n_routed_experts": 8, "n_activated_experts": 3, "dim": 16, "moe_inter_dim": 12}
 
 LAYERS = {
@@ -23,7 +27,13 @@ LAYERS = {
         "expert_activation": "quick_geglu",
         "activation_limit": 0.5,
     },
-    "softmax_before_topk": {"softmax_before_topk": True, "norm_topk_prob": True, "aux_loss_coeff": 0.3},
+    "softmax_before_topk": {
+        "softmax_before_topk": True,
+        "norm_topk_prob": True,
+        "aux_loss_coeff": 0.3,
+        "z_loss_coeff": 0.2,
+        "seq_aux_loss_coeff": 0.5,
+    },
     "sigmoid_groups_bias_shared": {
         "score_func": "sigmoid_with_bias",
         "n_expert_groups": 4,
@@ -40,6 +50,17 @@ LAYERS = {
         "swiglu_limit": 0.5,
         "n_shared_experts": 1,
         "shared_expert_inter_dim": 10,
+    },
+    "every_loss_groups_bias": {
+        "score_func": "sigmoid_with_bias",
+        "n_expert_groups": 4,
+        "n_limited_groups": 2,
+        "norm_topk_prob": True,
+        "force_e_score_correction_bias": True,
+        "router_bias": True,
+        "aux_loss_coeff": 0.3,
+        "z_loss_coeff": 0.2,
+        "seq_aux_loss_coeff": 0.5,
     },
     "latent_relu2_biases_after_down": {
         "score_func": "sigmoid",
@@ -75,19 +96,27 @@ class Case:
         correction = {} if self.bias is None else {"gate.e_score_correction_bias": self.bias}
         return {**self.parameters, **correction}
 
-    def reference(self, ids: np.ndarray | None = None, arithmetic=EXACT) -> dict[str, np.ndarray]:
+    def reference(self, ids: np.ndarray, best: np.ndarray, arithmetic=EXACT, scale=1.0) -> dict[str, np.ndarray]:
         x, dy = self.x.reshape(-1, SIZES["dim"]), self.dy.reshape(-1, SIZES["dim"])
         mask = ~self.padding.reshape(-1)
-        settings = {"correction_bias_E": self.bias, "arithmetic": arithmetic}
+        settings = {"correction_bias_E": self.bias, "n_sequences": 4, "best_TK": best, "arithmetic": arithmetic}
         trace = reference.moe(x, mask, self.parameters, self.config, ids_TK=ids, **settings)
+        settings["aux_loss_scale"] = scale
         dx, grads = reference.moe_vjp(trace, x, mask, self.parameters, self.config, dy, **settings)
         return {"y": trace.y_TD.reshape(self.x.shape), "dx": dx.reshape(self.x.shape), **grads}
 
     def routed_by(self, side: Side, layer) -> np.ndarray:
-        x = self.x.reshape(-1, SIZES["dim"])
+        return self.chosen_and_ranked_by(side, layer)[0]
+
+    def chosen_and_ranked_by(self, side: Side, layer) -> tuple[np.ndarray, np.ndarray]:
+        """The experts that the side's gate chooses, and the best K by its own logits."""
+        x, seen = self.x.reshape(-1, SIZES["dim"]), []
         with side.context(self.dtype):
             mask = side.array(~self.padding.reshape(-1))
-            return side.numpy(layer.gate(side.array(x, self.dtype), mask)[1])
+            layer.gate.tap = lambda name, value: seen.append(value) or value
+            ids = side.numpy(layer.gate(side.array(x, self.dtype), mask)[1])
+            layer.gate.tap = untapped
+            return ids, top_k(side.numpy(seen[0]), SIZES["n_activated_experts"]).astype(np.int32)
 
 
 @cache
@@ -96,11 +125,11 @@ def case(name: str, dtype: str) -> Case:
 
 
 @cache
-def expected(name: str, dtype: str, ids: bytes):
+def expected(name: str, dtype: str, ids: bytes, best: bytes, scale: float = 1.0):
     c = case(name, dtype)
-    forced = np.frombuffer(ids, np.int32).reshape(-1, SIZES["n_activated_experts"])
-    exact = c.reference(forced)
-    return exact, bounds(lambda arithmetic: c.reference(forced, arithmetic), exact, dtype)
+    forced = [np.frombuffer(value, np.int32).reshape(-1, SIZES["n_activated_experts"]) for value in (ids, best)]
+    exact = c.reference(*forced, scale=scale)
+    return exact, bounds(lambda arithmetic: c.reference(*forced, arithmetic, scale), exact, dtype)
 
 
 def _combinations():
@@ -118,7 +147,7 @@ def test_moe_output_and_gradients_agree_with_reference(side: Side, name: str, dt
     with side.context(dtype):
         layer = side.layer(c.config, c.values) if dtype != "float64" else _float64_layer(side, c)
     found = side.moe(layer, c.x, c.padding, c.dy, dtype)
-    ids = c.routed_by(side, layer)
+    ids, best = c.chosen_and_ranked_by(side, layer)
     own = reference.gate(
         c.x.reshape(-1, SIZES["dim"]),
         {k[5:]: v for k, v in c.parameters.items() if k.startswith("gate.")},
@@ -127,7 +156,7 @@ def test_moe_output_and_gradients_agree_with_reference(side: Side, name: str, dt
     )[1].ids_TK
     if dtype != "bfloat16":  # rounded logits may tie
         np.testing.assert_array_equal(ids, own)
-    exact, limits = expected(name, dtype, ids.astype(np.int32).tobytes())
+    exact, limits = expected(name, dtype, ids.astype(np.int32).tobytes(), best.tobytes())
     assert found.keys() == exact.keys()
     for key, value in found.items():
         error = relative_error(value, exact[key])
@@ -157,6 +186,15 @@ def test_moe_of_padding_alone_is_the_shared_experts_output(side: Side) -> None:
     found = side.numpy(layer(side.array(c.x, "float32"), side.array(np.ones((4, 6), bool))))
     wanted = reference.shared_experts(c.x.reshape(-1, 16), c.parameters, c.config).reshape(c.x.shape)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@frontends
+def test_moe_of_padding_alone_has_the_bias_of_the_latent_projection_beside_the_shared_output(side: Side) -> None:
+    c = case("latent_relu2_biases_after_down", "float32")
+    layer = side.layer(c.config, c.values)
+    found = side.numpy(layer(side.array(c.x, "float32"), side.array(np.ones((4, 6), bool))))
+    wanted = reference.shared_experts(c.x.reshape(-1, 16), c.parameters, c.config).reshape(c.x.shape)
+    np.testing.assert_allclose(found, wanted + c.parameters["fc2_latent_proj.bias"], rtol=1e-4, atol=1e-5)
 
 
 @sides
@@ -208,6 +246,42 @@ def test_aux_loss_comes_out_unscaled(side: Side) -> None:
     np.testing.assert_allclose(side.numpy(_value(layer.gate.last_aux_loss)), trace.aux_loss, rtol=1e-5)
     layer.eval()
     assert layer.gate(side.array(x, "float32"), side.array(mask))[2] is None
+
+
+@frontends
+@pytest.mark.parametrize("name", ["softmax_before_topk", "every_loss_groups_bias"])
+def test_losses_of_the_latest_call_are_unscaled_and_of_each_sequence(side: Side, name: str) -> None:
+    c = case(name, "float32")
+    layer = side.layer(c.config, c.values)
+    side.module.set_aux_loss_scale(layer, 4.0)
+    layer(side.array(c.x, "float32"), side.array(c.padding))
+    mask = ~c.padding.reshape(-1)
+    trace = reference.moe(
+        c.x.reshape(-1, 16), mask, c.parameters, c.config, correction_bias_E=c.bias, n_sequences=len(c.x)
+    )
+    for loss in LOSSES:
+        found = side.numpy(_value(getattr(layer.gate, f"last_{loss}")))
+        np.testing.assert_allclose(found, getattr(trace, loss), rtol=1e-5, err_msg=loss)
+
+
+@frontends
+def test_set_aux_loss_scale_multiplies_every_loss_and_nothing_else(side: Side) -> None:
+    c = case("every_loss_groups_bias", "float32")
+    layer = side.layer(c.config, c.values)
+    side.module.set_aux_loss_scale(layer, 8.0)
+    ids, best = c.chosen_and_ranked_by(side, layer)
+    found = side.moe(layer, c.x, c.padding, c.dy, "float32")
+    exact, limits = expected("every_loss_groups_bias", "float32", ids.astype(np.int32).tobytes(), best.tobytes(), 8.0)
+    for key, value in found.items():
+        assert within(value, exact[key], limits[key]), key
+
+
+@frontends
+def test_set_aux_loss_scale_of_a_model_without_a_gate_is_refused(side: Side) -> None:
+    c = case("plain", "float32")
+    layer = side.layer(c.config, c.values)
+    with pytest.raises(ConfigError, match=r"asked: the scale .+\nfound: no Gate\ndo: .+"):
+        side.module.set_aux_loss_scale(layer.experts, 2.0)
 
 
 def _value(held):

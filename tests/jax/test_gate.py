@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moebius.core import ConfigError, MoEConfig, Unsupported, reference
+from moebius.core import ConfigError, MoEConfig, reference
 from moebius.core.vectors import compute, load
-from moebius.jax_frontend import FakeBalancedGate, Gate
+from moebius.jax_frontend import FakeBalancedGate, Gate, set_aux_loss_scale
 from moebius.jax_frontend.weights import CorrectionBias
 
 SIZES = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 4, "dtype": "float32"}
@@ -44,7 +44,7 @@ def test_gate_agrees_with_the_golden_vectors(gate_of, agree, case):
     def run(parameters, x):
         def call(parameters, x):
             module = nnx.merge(graph, parameters, rest, copy=True)
-            weights, ids, _ = module(x, mask)
+            weights, ids, _ = module(x, mask, n_sequences=int(case.inputs.get("n_sequences", 1)))
             return weights, (ids, module.last_load[...])
 
         weights, pull, recorded = jax.vjp(call, parameters, x, has_aux=True)
@@ -183,9 +183,42 @@ def test_gate_that_does_not_train_gives_its_weight_no_gradient_but_x_one(gate_of
     assert not dgate.weight[...].any() and not dgate.bias[...].any() and dx.any()
 
 
-def test_gate_with_replay_is_refused_until_built(gate_of):
-    with pytest.raises(Unsupported, match="enable_routing_replay"):
-        gate_of(MoEConfig(**SIZES, enable_routing_replay=True))
+def test_gate_under_remat_counts_once_and_has_the_gradient_of_one_pass(gate_of):
+    plain, kept, (x, mask) = gate_of(BALANCED), gate_of(BALANCED), tokens()
+    loss = lambda gate: (gate(x, mask)[0] ** 2).sum()  # noqa: E731
+    wanted, found = nnx.jit(nnx.grad(loss))(plain), nnx.jit(nnx.grad(nnx.remat(loss)))(kept)
+    np.testing.assert_allclose(found.weight[...], wanted.weight[...], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(kept.cumulative_load[...], plain.cumulative_load[...])
+    assert kept.cumulative_load[...].sum() == 18
+
+
+def test_scale_of_the_losses_changes_without_a_second_trace(gate_of):
+    gate, seen, (x, mask) = gate_of(MoEConfig(**SIZES, z_loss_coeff=0.5)), [], tokens()
+
+    def loss(gate):
+        seen.append(None)
+        return (gate(x, mask)[0] * 0).sum()
+
+    run = nnx.jit(nnx.grad(loss))
+    before = run(gate).weight[...]
+    set_aux_loss_scale(gate, 4.0)
+    np.testing.assert_allclose(run(gate).weight[...], 4 * before, rtol=1e-6)
+    assert len(seen) == 1 and gate.aux_loss_scale[...] == 4
+
+
+def test_gate_with_other_losses_than_the_auxiliary_returns_none_and_records_no_load(gate_of):
+    gate = gate_of(MoEConfig(**SIZES, z_loss_coeff=0.1, seq_aux_loss_coeff=0.1))
+    assert gate(*tokens())[2] is None and not gate.last_load[...].any()
+    assert gate.last_z_loss[...] > 0 < gate.last_seq_aux_loss[...] and gate.last_aux_loss[...] == 0
+    gate.eval()
+    before = gate.last_z_loss[...]
+    gate(tokens()[0] * 2, tokens()[1])
+    assert gate.last_z_loss[...] == before
+
+
+def test_gate_says_the_step_of_its_bias_under_the_name_that_callers_of_the_original_ask_for(gate_of):
+    assert gate_of(BALANCED).bias_update_factor == 0.1
+    assert gate_of(MoEConfig(**SIZES)).bias_update_factor == FakeBalancedGate.bias_update_factor == 0.0
 
 
 def test_fake_balanced_gate_cycles_over_the_experts_it_may_use():

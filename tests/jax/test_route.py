@@ -10,7 +10,7 @@ import pytest
 from moebius.core import MoEConfig, reference
 from moebius.core.routing import SCORE_FUNCTIONS
 from moebius.jax_frontend import aux_loss, expert_load, route, updated_correction_bias
-from moebius.jax_frontend.route import attach_aux_loss
+from moebius.jax_frontend.losses import attach_aux_loss
 
 T, E, K = 9, 8, 3
 SIZES = {"n_routed_experts": E, "n_activated_experts": K, "dim": 4, "moe_inter_dim": 4}

@@ -1,4 +1,4 @@
-"""Run a function on several ranks of torch.distributed, each a process of its own, over gloo on the CPU.
+"""Run a function on several ranks of torch.distributed, each a process of its own: gloo on the CPU, or NCCL.
 
 `run` returns what every rank returned, or fails with the words of the rank that failed first. It never waits longer
 than its timeout: ranks that wait in a collective for one that is gone are ended.
@@ -28,19 +28,21 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0, transport: str = "gloo"
+) -> list[Any]:
     """function(*args) on each of `ranks` ranks, in an initialised default process group.
 
     Args:
         function: at the top level of its file. args: and what it returns are pickled, tensors too.
-        timeout: seconds for all of it.
+        timeout: seconds for all of it. transport: "gloo", or "nccl" with a GPU for each rank.
     Returns:
         What each rank returned, by rank.
     Raises:
         AssertionError: a rank raised, died or was too slow; says which and where.
     """
     with tempfile.TemporaryDirectory() as folder:
-        work = (function.__code__.co_filename, function.__qualname__, args, timeout, folder, ranks)
+        work = (function.__code__.co_filename, function.__qualname__, args, timeout, folder, ranks, transport)
         processes, pipes = [], []
         for rank in range(ranks):
             ours, theirs = _SERVER.Pipe(duplex=False)
@@ -100,14 +102,16 @@ def _rank(rank: int, pipe: Connection, work: bytes) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    file, name, args, timeout, folder, ranks = pickle.loads(work)
+    file, name, args, timeout, folder, ranks, transport = pickle.loads(work)
     with open(os.path.join(folder, f"stack{rank:03}"), "w") as stack:
         faulthandler.dump_traceback_later(max(0.1, timeout - 1.0), file=stack)
         try:
             store = dist.FileStore(os.path.join(folder, "store"), ranks)
             # Longer than the parent waits, so that it is the one that says who is missing.
             waits = timedelta(seconds=2 * timeout)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=waits)
+            if transport == "nccl":
+                torch.cuda.set_device(rank)
+            dist.init_process_group(transport, store=store, rank=rank, world_size=ranks, timeout=waits)
             answer = _Answer(_function(file, name)(*args))
         except BaseException:
             answer = _Answer(failure=traceback.format_exc())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
-from moebius.core import ConfigError, MoEConfig, MoEWarning, Unsupported
+from moebius.core import ConfigError, MoEConfig, MoEWarning
 from moebius.torch_frontend import FakeBalancedGate, Gate
 
 SIZES = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 4}
@@ -103,11 +106,33 @@ def test_gate_dtype_stores_the_router_apart_from_the_experts() -> None:
     assert Gate(MoEConfig(**SIZES, gate_dtype="float32")).weight.dtype == torch.float32
 
 
-def test_gate_with_settings_it_cannot_serve_yet_says_so() -> None:
-    with pytest.raises(Unsupported, match="enable_routing_replay"):
-        Gate(MoEConfig(**SIZES, enable_routing_replay=True))
-    with pytest.raises(Unsupported, match="cp_mesh"):
-        Gate(MoEConfig(**SIZES))(*tokens(), cp_mesh=object())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_correction_bias_of_a_short_checkpoint_stays_float32_also_when_assigned(dtype) -> None:
+    gate = Gate(BALANCED)
+    stored = {**gate.state_dict(), "e_score_correction_bias": torch.full((8,), 0.5, dtype=dtype)}
+    for assign in (False, True):
+        gate.load_state_dict(stored, assign=assign)
+        assert gate.e_score_correction_bias.dtype == torch.float32 and (gate.e_score_correction_bias == 0.5).all()
+    assert stored["e_score_correction_bias"].dtype == dtype
+
+
+def test_gate_of_another_size_of_checkpoint_says_so_as_torch_does() -> None:
+    gate = Gate(BALANCED)
+    with pytest.raises(RuntimeError, match="size mismatch for e_score_correction_bias"):
+        gate.load_state_dict({**gate.state_dict(), "e_score_correction_bias": torch.zeros(4)})
+
+
+def test_gate_says_the_step_of_its_bias_under_the_name_that_callers_of_the_original_ask_for() -> None:
+    assert Gate(BALANCED).bias_update_factor == 0.1
+    assert Gate(MoEConfig(**SIZES)).bias_update_factor == FakeBalancedGate.bias_update_factor == 0.0
+
+
+def test_gate_copied_keeps_a_handle_and_a_load_of_its_own() -> None:
+    gate = Gate(replace(BALANCED, enable_routing_replay=True))
+    other = copy.deepcopy(gate)
+    assert other.replay is not gate.replay
+    gate(*tokens())
+    assert other.cumulative_load is None
 
 
 def test_gate_of_softmax_with_a_correction_bias_warns_once_and_ignores_it() -> None:
@@ -135,6 +160,26 @@ def test_fake_gate_with_noise_is_random_but_the_same_for_the_same_tokens() -> No
     assert not torch.equal(gate(x + 1, mask)[1], indices)
     assert indices.min() >= 2 and (indices[:, 0] != indices[:, 1]).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(10))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_fake_gate_with_noise_takes_a_seed_of_any_tokens(value: float) -> None:
+    x, mask = tokens()
+    x[0, 0] = value
+    weights, indices, _ = FakeBalancedGate(MoEConfig(**SIZES), noise=0.5)(x, mask)
+    assert weights.isfinite().all() and indices.max() < 8
+
+
+def test_fake_gate_draws_in_the_documented_order_from_the_documented_seed() -> None:
+    """Weights, popularity, scores; from a million times the sum of the first four numbers."""
+    x, mask = tokens()
+    weights, indices, _ = FakeBalancedGate(MoEConfig(**SIZES), skip_first_n_experts=2, noise=0.25)(x, mask)
+    generator = torch.Generator().manual_seed(int(1e6 * x.flatten()[:4].sum()) & 0x7FFFFFFF)
+    random = torch.rand(10, 2, generator=generator)
+    popularity = torch.randn(6, generator=generator) * 0.25 * 0.1
+    chosen = (torch.rand(10, 6, generator=generator) + popularity).topk(2, dim=-1).indices + 2
+    torch.testing.assert_close(weights, 0.75 / 2 + 0.25 * random / random.sum(-1, keepdim=True))
+    assert torch.equal(indices.long(), chosen)
 
 
 def test_fake_gate_that_skips_too_many_experts_is_refused() -> None:

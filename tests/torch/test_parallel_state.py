@@ -14,7 +14,7 @@ from torch import nn
 
 from moebius.core import ConfigError, MoEConfig, MoEError, ShapeError, Unsupported
 from moebius.core.errors import StateDictError
-from moebius.torch_frontend import MoE
+from moebius.torch_frontend import MoE, load_parameters
 from moebius.torch_frontend.experts import GroupedExperts
 from moebius.torch_frontend.sharding import ep_dimension, held, local, matching, mesh_of, shard_experts
 
@@ -90,6 +90,10 @@ def _sharded() -> dict[str, Any]:
     given = whole.down_projs.detach() + rank
     found["given here"] = torch.equal(matching(bare.down_projs, given).to_local(), given[own])
 
+    numbers = {name: value.detach().numpy() + 2 for name, value in whole.named_parameters()}
+    load_parameters(bare, numbers)
+    found["numbers"] = torch.equal(local(bare.down_projs), whole.down_projs[own] + 2)
+
     # Placed otherwise: Shard(1) over "ep_shard" into Shard(0) over "ep".
     other = distribute_tensor(whole.down_projs.detach() * 2, mesh["ep_shard"], [Shard(1)])
     found["placed otherwise"] = torch.equal(matching(bare.down_projs, other).to_local(), whole.down_projs[own] * 2)
@@ -146,6 +150,10 @@ def test_shard_experts_on_meta_then_to_empty_is_drawn_and_loaded() -> None:
 
 def test_matching_of_a_plain_tensor_is_this_ranks_part_of_what_it_was_given() -> None:
     assert [facts["given here"] for facts in _facts()] == [True] * 4
+
+
+def test_load_parameters_of_all_experts_leaves_each_rank_its_part() -> None:
+    assert [facts["numbers"] for facts in _facts()] == [True] * 4
 
 
 def test_matching_of_a_tensor_that_is_placed_otherwise_is_this_ranks_part() -> None:
