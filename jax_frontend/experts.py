@@ -25,6 +25,7 @@ from moebius.jax_frontend.weights import draw
 # (pre-activation [R, U], routing weights [R, 1]) -> [R, I], the product with the weights included.
 WeightedActivation = Callable[[Array, Array], Array]
 
+
 def experts(
     parameters: Mapping[str, Array],
     x: Array,

@@ -56,9 +56,7 @@ def activate_rows(
 ) -> Tensor:
     """`activate` of `add_bias`, in one kernel where there is one; no gradient."""
     if launch.serves(hidden_RU):
-        return launch.activate_rows(
-            hidden_RU, row_weights_R, activation, bias_eU=bias_eU, row_experts_R=row_experts_R
-        )
+        return launch.activate_rows(hidden_RU, row_weights_R, activation, bias_eU=bias_eU, row_experts_R=row_experts_R)
     return _formula(biased(hidden_RU, bias_eU, row_experts_R), row_weights_R, activation)
 
 
@@ -261,12 +259,10 @@ def _backward_backward(ctx: Any, ddhidden: Tensor | None, ddrow_weights: Tensor 
         return _formula(hidden, row_weights, of_fields(*ctx.fields))
 
     def first(dact: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(formula, *inputs)
-        gradients: tuple[Tensor, ...] = pull(dact)
+        gradients: tuple[Tensor, ...] = torch.func.vjp(formula, *inputs)[1](dact)
         return gradients
 
-    _, pull = torch.func.vjp(first, dact, *inputs)
-    second = pull((ddhidden, ddrow_weights)[: len(inputs)])
+    second = torch.func.vjp(first, dact, *inputs)[1]((ddhidden, ddrow_weights)[: len(inputs)])
     return *second, *(None for _ in range(3 - len(second))), *(None for _ in ctx.fields)
 
 

@@ -101,9 +101,7 @@ def _added(
 
 
 # Each other's transpose, so that the gradient is a sum in a fixed order, not a scatter.
-@torch.library.custom_op(
-    "moebius::bias_of_rows", mutates_args=(), schema="(Tensor bias, Tensor row_experts) -> Tensor"
-)
+@torch.library.custom_op("moebius::bias_of_rows", mutates_args=(), schema="(Tensor bias, Tensor row_experts) -> Tensor")
 def _of_rows(bias: Tensor, row_experts: Tensor) -> Tensor:
     return _take(bias, row_experts)
 

@@ -23,7 +23,6 @@ from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, Local, Sent
 from moebius.torch_frontend.dtypes import as_dtype, computed
 from moebius.torch_frontend.lean import lean
 from moebius.torch_frontend.matmul import choose, grouped_matmul
-from moebius.torch_frontend.operators import refuse_tangents
 from moebius.torch_frontend.permute import permute, unpermute
 from moebius.torch_frontend.sharding import ep_dimension, local, mesh_of, shard_experts
 from moebius.torch_frontend.statedict import AllOrNothing
@@ -69,7 +68,6 @@ def experts(
         ShapeError, DTypeError: an input does not fit. ConfigError, BackendUnavailable, Unsupported: see Registry.
     """
     check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
-    refuse_tangents(x, weights, *parameters.values())
     dispatcher = dispatcher or Local()
     checks.tokens(x, config.expert_dim)
     checks.token_mask(token_mask, x.shape[0])
@@ -168,6 +166,12 @@ class _Experts(AllOrNothing):
 
     def _dispatcher(self, mesh: Any) -> Dispatcher:
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # nn.Module would make a child of a module, past the property
+        else:
+            super().__setattr__(name, value)
 
     @torch.no_grad()
     def init_weights(self, buffer_device: Any = None, init_std: float = 0.02) -> None:

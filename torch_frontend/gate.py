@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moebius.core import checks, layout
 from moebius.core.config import MoEConfig
-from moebius.core.errors import CheckpointError, ConfigError
+from moebius.core.errors import ConfigError, StateDictError
 from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend.checks import check_arrays, check_devices
 from moebius.torch_frontend.dtypes import accumulate_dtype, as_dtype
@@ -19,13 +19,14 @@ from moebius.torch_frontend.recompute import once
 from moebius.torch_frontend.replay import RouterReplay
 from moebius.torch_frontend.route import Routing, expert_load, quiet, route, updated_correction_bias
 from moebius.torch_frontend.sharding import local
+from moebius.torch_frontend.statedict import AllOrNothing
 from moebius.torch_frontend.weights import draw
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class Gate(nn.Module):
+class Gate(AllOrNothing):
     """The router: tokens to experts and weights.
 
     Args:
@@ -112,7 +113,7 @@ class Gate(nn.Module):
         checks.token_mask(token_mask, x.shape[0])
         check_devices(x=x, token_mask=token_mask, weight=self.weight)
         x = quiet(x if self.dtype is None else x.to(self.dtype), token_mask)
-        logits_TE = self.tap("logits", linear(x.to(self.gate_precision or x.dtype), self.weight, self.bias))
+        logits_TE = self.tap("logits", self._project(x))
         routing = self._route(logits_TE)
         load_E = self._record_load(routing, token_mask)
         found = self._losses(logits_TE, routing, load_E, token_mask, cp_mesh, n_sequences)
@@ -206,16 +207,21 @@ class Gate(nn.Module):
         if self.e_score_correction_bias is not None and not self.e_score_correction_bias.is_meta:
             self.e_score_correction_bias.zero_()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load like any module; the correction bias in float32, and a plain one into a replicated DTensor."""
-        name, own = f"{prefix}e_score_correction_bias", self.e_score_correction_bias
-        if own is not None and name in state_dict:
-            try:
-                state_dict = {**state_dict, name: _as_correction(state_dict[name], own)}
-            except CheckpointError as error:
-                rest[-1].append(f"{name}: {error}")  # torch raises them together
-                return
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _project(self, x: Float[Tensor, "T dim"]) -> Tensor:
+        """Logits in gate_precision, also where autocast would have them shorter; without one as autocast has it."""
+        if self.gate_precision is None:
+            return linear(x, self.weight, self.bias)
+        return linear(x.to(self.gate_precision), self.weight, self.bias, autocast=False)
+
+    def _read(self, name: str, value: Any) -> Any:
+        """A checkpoint's correction bias in float32, whatever it was saved in."""
+        own = self.e_score_correction_bias
+        if own is None or name != "e_score_correction_bias":
+            return value
+        placements = getattr(own, "placements", ())
+        if not all(placement.is_replicate() for placement in placements):
+            raise StateDictError(f"{name} replicated over its mesh", f"a DTensor placed {placements}", "replicate it")
+        return value.to(torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gate:
         """Move like any module, but keep the correction bias in float32: bfloat16 would lose its small steps."""
@@ -243,25 +249,3 @@ def set_aux_loss_scale(module: nn.Module, scale: Any) -> None:
         raise ConfigError(f"the scale of the router's losses in a {type(module).__name__}", "no Gate", "pass a model")
     for gate in gates:
         gate.aux_loss_scale = scale
-
-
-def _as_correction(value: Any, own: Tensor) -> Any:
-    """A correction bias of a checkpoint as what `own`, plain or a DTensor, can take.
-
-    Raises:
-        CheckpointError: a plain value does not fit a DTensor: another shape, or placed otherwise than replicated.
-    """
-    mesh, plain = getattr(own, "device_mesh", None), isinstance(value, Tensor) and not hasattr(value, "device_mesh")
-    value = value.to(torch.float32) if isinstance(value, Tensor) else value
-    if mesh is None or not plain:
-        return value
-    if tuple(value.shape) != tuple(own.shape):
-        asked = f"a correction bias of shape {list(own.shape)}"
-        raise CheckpointError(asked, f"shape {list(value.shape)}", "load the checkpoint of a router of this size")
-    placements = own.placements  # type: ignore[attr-defined]
-    if not all(placement.is_replicate() for placement in placements):
-        found = f"a DTensor placed {placements}"
-        raise CheckpointError("a plain correction bias into one that is replicated", found, "replicate the buffer")
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(value.to(own.device), mesh, placements, run_check=False)

@@ -65,9 +65,7 @@ def lean(p: Mapping[str, Tensor], sent: Sent, config: MoEConfig, backend: str | 
         p: parameters in x's dtype, of the experts held here. sent: what the dispatcher gave.
         partial: other ranks hold the rest of the sum: leave it in promote_types(dtype, float32).
     """
-    weights = Weights(
-        p["gate_and_up_projs"], p["down_projs"], p.get("gate_up_proj_bias"), p.get("down_proj_bias")
-    )
+    weights = Weights(p["gate_and_up_projs"], p["down_projs"], p.get("gate_up_proj_bias"), p.get("down_proj_bias"))
     told = (*fields(config.activation), config.apply_router_weight_after_down, partial, in_context(backend))
     y_SD: Tensor = call(_experts, sent.x_SD, sent.weights_SK, sent.ids_SK, *weights, *told)[0]
     return y_SD
@@ -84,9 +82,7 @@ def forward(
     hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
     del rows_RD
     before_R = None if how.after else order.row_weights_R
-    act_RI = activate_rows(
-        hidden_RU, before_R, activation, bias_eU=w.up_bias_eU, row_experts_R=order.row_experts_R
-    )
+    act_RI = activate_rows(hidden_RU, before_R, activation, bias_eU=w.up_bias_eU, row_experts_R=order.row_experts_R)
     out_RD = _product(matmul, act_RI, w.down_eID, prepared)
     del act_RI
     y_SD = sum_slots(
@@ -114,7 +110,8 @@ def backward(
     needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
     activation, k = of_fields(*how.activation), row_of_slot_SK.shape[1]
     matmul, prepared = _matmul(how, x_SD, w, group_sizes_e)
-    bias = {"bias_eU": w.up_bias_eU, "row_experts_R": _row_experts(kept, w)}
+    row_experts_R = _row_experts(kept, w)
+    bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
     dx_SD = dweights_SK = dup_eDU = ddown_eID = dup_bias_eU = ddown_bias_eD = None
 
     dout_RD = gather_rows(dy_SD.to(x_SD.dtype).contiguous(), slot_of_row_R, k)
@@ -126,14 +123,14 @@ def backward(
         ddown_bias_eD = sum_rows(dout_RD, group_sizes_e, row_weights_R)
     dact_RI = _product(matmul, dout_RD, w.down_eID.mT, prepared)
     more_R = None
-    if w.down_bias_eD is not None and needs_weights:
-        more_R = dot_rows(dout_RD, w.down_bias_eD, bias["row_experts_R"])
+    if w.down_bias_eD is not None and row_experts_R is not None and needs_weights:
+        more_R = dot_rows(dout_RD, w.down_bias_eD, row_experts_R)
     del dout_RD
     dhidden_RU, drow_weights_R = activate_rows_backward(
         dact_RI, hidden_RU, row_weights_R, activation, **bias, in_place=in_place
     )
     del dact_RI, hidden_RU
-    if needs_weights:
+    if needs_weights and drow_weights_R is not None:
         drow_weights_R = drow_weights_R if more_R is None else drow_weights_R + more_R
         dweights_SK = _of_slots(drow_weights_R, row_of_slot_SK)
     if needs_up_bias:
@@ -233,7 +230,7 @@ def _(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     kept, w, needs = Kept(*rest[:6]), Weights(*rest[6:10]), rest[-1]
     likes = (kept.x_SD, kept.row_weights_R.new_empty(kept.row_of_slot_SK.shape), *w)
     return tuple(
-        torch.empty_like(like, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
+        dy.new_empty(0) if like is None or not needed else torch.empty_like(like, memory_format=torch.contiguous_format)
         for like, needed in zip(likes, needs, strict=True)
     )
 
@@ -276,7 +273,7 @@ def _alone(dy: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed():
         return False
-    if type(dy) is not Tensor or not torch._C._has_storage(dy):  # the latter: several gradients in one, is_grads_batched
+    if type(dy) is not Tensor or not torch._C._has_storage(dy):  # without: is_grads_batched, many gradients in one
         return False
     return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._autograd._get_current_graph_task_keep_graph()
 

@@ -19,6 +19,7 @@ from moebius.torch_frontend.fake_gate import FakeBalancedGate
 from moebius.torch_frontend.gate import Gate
 from moebius.torch_frontend.matmul import linear
 from moebius.torch_frontend.route import quiet
+from moebius.torch_frontend.statedict import AllOrNothing
 from moebius.torch_frontend.weights import draw
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class SharedExperts(nn.Module):
         return out_TD
 
 
-class MoE(nn.Module):
+class MoE(AllOrNothing):
     """A mixture-of-experts layer: y = routed experts of x + shared experts of x.
 
     Args:

@@ -51,14 +51,21 @@ def differentiate(op: Any, backward: Callable[..., Any], save: Callable[..., Any
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise _no_forward_mode()
+            raise _no_forward_mode(op)
 
     _FUNCTIONS[op] = Transformed
 
 
 def call(op: Any, *args: Any) -> Any:
-    """op(*args), under torch.func's transforms too."""
-    # A compiler traces the operator itself.
+    """op(*args), under torch.func's transforms too.
+
+    Raises:
+        Unsupported: an argument has a tangent: forward-mode differentiation.
+    """
+    if torch.compiler.is_compiling():  # which traces the operator itself
+        return op(*args)
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        raise _no_forward_mode(op)
     return _FUNCTIONS[op].apply(*args) if transformed() else op(*args)
 
 
@@ -67,18 +74,10 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Forward-mode differentiation would silently lose what passes through an operator.
-
-    Raises:
-        Unsupported: one of the tensors has a tangent.
-    """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise _no_forward_mode()
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def _no_forward_mode() -> Unsupported:
+def _no_forward_mode(op: Any) -> Unsupported:
     do = "use reverse mode: backward(), torch.autograd.grad, or torch.func's grad, vjp and jacrev"
-    return Unsupported("forward-mode differentiation of the experts", "operators with a backward pass alone", do)
+    return Unsupported(f"forward-mode differentiation of {op._qualname}", "a backward pass alone", do)

@@ -165,7 +165,7 @@ def sum_slots(
     mutates_args=(),
     schema="(Tensor ids, Tensor weights, int n_experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _sort(ids: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sort(ids: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, ...]:
     return tuple(sort_routes(ids, weights, n_experts))
 
 

@@ -175,5 +175,5 @@ def _misfit(key: str, own: Tensor, value: Any, assign: bool) -> str | None:
 
 
 def _fitted(own: Tensor, value: Any, assign: bool) -> Any:
-    """`value` as torch can copy it into `own`, or assign it: what is assigned to a plain parameter is taken as it is."""
+    """`value` as torch can copy it into `own`, or assign it: what replaces a plain parameter is taken as it is."""
     return value if assign and not hasattr(own, "placements") else matching(own, value)

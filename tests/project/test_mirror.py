@@ -23,11 +23,13 @@ FILES = {
     "lean.py": "torch: eager PyTorch keeps what autograd saves; XLA is told by jax.checkpoint",
     "dispatch_allgather.py": "torch: collectives of this framework",
     "recompute.py": "torch: checkpointing runs the module's Python again; JAX repeats equations",
+    "operators.py": "torch: operators of torch.library under torch.func; JAX transforms every function",
     "sharding.py": "torch: DTensors; JAX shards arrays by its own rules",
 }
 # Argument -> why only one frontend has it.
 ARGUMENTS = {
     "device": "torch: modules are built on a device; JAX places arrays by its own rules",
+    "autocast": "torch: JAX has no autocast",
     "buffer_device": "torch: NeMo Automodel's callers pass it",
     "cp_mesh": "torch: ranks are a mesh or a process group, as NeMo Automodel's callers pass it; see cp_axis",
     "cp_axis": "jax: inside of shard_map ranks are the devices of a named mesh axis; see cp_mesh",

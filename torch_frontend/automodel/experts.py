@@ -59,12 +59,6 @@ class _Documented:
         """Whether it names it in MXFP8."""
         return self.backend.experts == "torch_mm_mxfp8"
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
-            object.__setattr__(self, name, value)  # nn.Module would make a child of a module, past the property
-        else:
-            super().__setattr__(name, value)
-
 
 class GroupedExperts(_Documented, Experts):
     """moebius' GroupedExperts with the documented constructor.
