@@ -38,6 +38,7 @@ def experts(
     dispatcher: Dispatcher | None = None,
     activation: WeightedActivation | None = None,
     double_backward: bool = False,
+    check: bool = False,
     tap: Tap = untapped,
 ) -> Array:
     """The routed experts' output for each token.
@@ -54,6 +55,7 @@ def experts(
         activation: computed in place of the config's: (hidden [R, U], weights [R, 1]) -> [R, I], the product with
             the weights included; ones where the config weights after the down projection. None for the config's.
         double_backward: PyTorch's switch; here gradients have gradients always.
+        check: look at the values too, as MOEBIUS_CHECKS=full does.
         tap: called as tap(name, value) at the stages "rows" to "combine" of moebius.core.stages; returns the value
             to go on with.
     Returns:
@@ -68,7 +70,7 @@ def experts(
     checks.routes(weights, indices, x.shape[0])
     checks.parameters(parameters, layout.experts(config, dispatcher.ranks))
     check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
-    if checks.environment() == "full":
+    if check or checks.environment() == "full":
         check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}
 
@@ -163,8 +165,6 @@ class GroupedExperts(nnx.Module):
 
     def __call__(self, x: Array, token_mask: Array, weights: Array, indices: Array) -> Array:
         """[T, D] in the compute dtype (`dtype` of the constructor, else x's); see `experts`."""
-        if self.backend.checks == "full":
-            check_values(weights, indices, token_mask, self.n_routed_experts)
         parameters = {row.name: getattr(self, row.name)[...] for row in layout.experts(self.config)}
         return experts(
             parameters,
@@ -175,6 +175,7 @@ class GroupedExperts(nnx.Module):
             config=self.config,
             backend=self.backend.experts,
             dispatcher=self.dispatcher,
+            check=self.backend.checks == "full",
             tap=self.tap,
         )
 

@@ -56,7 +56,7 @@ class AllGather:
 
     Spec: core.reference.dispatch. Each rank's gradients are those of the sum of all ranks' losses. All ranks of the
     group call `dispatch`, `combine` and backward in the same order, with any number of tokens each, none included.
-    Collectives: four forward (sizes, tokens, routes, outputs), of which the first is read on the host, and three
+    Parameters are frozen on every rank or on none. Collectives: four forward (sizes, tokens, routes, outputs), of which the first is read on the host, and three
     backward. Under torch.compile both methods run between the graphs, not in them.
 
     Args:
@@ -90,7 +90,8 @@ class AllGather:
 
         Raises:
             ConfigError: the ranks do not divide E, or some compute gradients and some do not.
-            ShapeError: the ranks' tokens differ in more than their number. Raised on every rank.
+            ShapeError: the ranks' tokens differ in more than their number. Raised on every rank; what one rank refuses
+            before, a wrong width for instance, leaves the others waiting.
         """
         weights_TK = promoted(weights_TK, x_TD.dtype)
         notes = self._exchange(_Note.of(x_TD, weights_TK, n_experts), x_TD.device)
@@ -159,7 +160,7 @@ def _check(notes: list[_Note]) -> None:
         found = "; ".join(f"rank {rank}: {note}" for rank, note in enumerate(notes))
         raise ShapeError("tokens that differ in their number alone", found, "call the same layer on every rank")
     without = [str(rank) for rank, note in enumerate(notes) if not note.grad]
-    if without and any(note.x_grad or note.weights_grad for note in notes):
+    if 0 < len(without) < len(notes):
         found = f"none on rank {', '.join(without)}, some on others"
         raise ConfigError("gradients on every rank or on none", found, "enter torch.no_grad on all ranks or on none")
 

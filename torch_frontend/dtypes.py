@@ -1,7 +1,8 @@
-"""dtypes of this framework for the names that core uses."""
+"""dtypes of this framework for the names that core uses, and the contexts that a dtype or a device hangs on."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def promoted(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def computed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`x` in the dtype that a module computes in: `dtype`, else autocast's (but float64 stays), else its own."""
-    if dtype is None and x.dtype is not torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if dtype is None and x.dtype is not torch.float64 and autocast(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     return x if dtype is None else x.to(dtype)
+
+
+def autocast(device: str) -> bool:
+    """Whether an autocast region is open for devices of this kind; never for those that have none, as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which `device` is the current one, for packages that launch on the current one without asking."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

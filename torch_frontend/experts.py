@@ -44,6 +44,7 @@ def experts(
     dispatcher: Dispatcher | None = None,
     activation: WeightedActivation | None = None,
     double_backward: bool = False,
+    check: bool = False,
     tap: Tap = untapped,
 ) -> Tensor:
     """The routed experts' output for each token.
@@ -60,6 +61,7 @@ def experts(
         activation: computed in place of the config's: (hidden [R, U], weights [R, 1]) -> [R, I], the product with
             the weights included; ones where the config weights after the down projection. None for the config's.
         double_backward: gradients have gradients, at the price of memory.
+        check: look at the values too, as MOEBIUS_CHECKS=full does.
         tap: called as tap(name, value) at the stages "rows" to "combine" of moebius.core.stages; returns the value
             to go on with.
     Returns:
@@ -74,7 +76,7 @@ def experts(
     checks.routes(weights, indices, x.shape[0])
     checks.parameters(parameters, layout.experts(config, dispatcher.ranks))
     check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
-    if checks.environment() == "full":
+    if check or checks.environment() == "full":
         check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.to(x.dtype) for name, value in parameters.items()}
 
@@ -139,16 +141,17 @@ class _Experts(AllOrNothing):
             setattr(self, row.name, nn.Parameter(torch.empty(row.shape, dtype=stored, device=device)))
         weight = self.gate_and_up_projs
         # Chosen for the dtype it will most likely see, so that a backend that cannot serve is refused here already.
-        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device=weight.device)
+        # A module that is built on the CPU may move to a GPU, where there is one.
+        may_move = weight.device.type == "cpu" and torch.cuda.is_available()
+        device = "meta" if may_move else weight.device
+        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device=device)
         self._backend_asked = self.backend.experts or default_backend
         self.backend_name = choose(self._backend_asked, rows, weight.shape).name
         self.init_weights()
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
-        if self.backend.checks == "full":
-            check_values(weights, indices, token_mask, self.n_routed_experts)
-        parameters = dict(self.named_parameters(recurse=False))
+        parameters = self._parameters_by_name()
         dispatcher = self._dispatcher(mesh_of(parameters))
         return experts(
             {name: local(value) for name, value in parameters.items()},
@@ -161,8 +164,13 @@ class _Experts(AllOrNothing):
             dispatcher=dispatcher,
             activation=self._activation,
             double_backward=self.backend.double_backward,
+            check=self.backend.checks == "full",
             tap=self.tap,
         )
+
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        """As attributes, which a parametrization or FSDP may compute, not as what is registered."""
+        return {row.name: getattr(self, row.name) for row in layout.experts(self.config)}
 
     def _dispatcher(self, mesh: Any) -> Dispatcher:
         raise NotImplementedError
@@ -199,7 +207,8 @@ class GroupedExperts(_Experts):
         config: MoEConfig, or any object with its attributes.
         backend: BackendConfig, or any object with its attributes, or None. `experts` names the grouped matmul's
             backend; None takes the first that supports the problem.
-        dtype: to compute in; None for x's. param_dtype: to store in; None for the config's.
+        dtype: to compute in; None for that of an autocast region, else x's. param_dtype: to store in; None for the
+            config's.
         device: of the parameters; None for torch's default.
 
     Attributes:
@@ -270,7 +279,7 @@ class _Dispatched(_Experts):
 
     def _shard(self, ep_mesh: Any) -> None:
         mesh = ep_dimension(ep_mesh)
-        spread = mesh_of(dict(self.named_parameters(recurse=False)))
+        spread = mesh_of(self._parameters_by_name())
         if spread is not None and spread != mesh:
             raise ConfigError(f"a dispatcher over {mesh}", f"parameters on {spread}", "pass the parameters' mesh")
         dispatcher: Dispatcher = Local()
@@ -340,7 +349,8 @@ class GroupedExpertsDeepEP(_Dispatched):
 class GroupedExpertsTE(_Dispatched):
     """GroupedExpertsDeepEP with Transformer Engine's grouped matmul; one layout of parameters, as everywhere.
 
-    `backend.experts` None means "te". Under Transformer Engine's autocast the matmuls run in its FP8 recipe.
+    `backend.experts` None means "te". Under Transformer Engine's autocast the matmuls run in its FP8 recipe; with
+    activation checkpointing open it inside the checkpointed function, so that the recomputation sees it too.
 
     Args, Attributes, Raises: as in GroupedExpertsDeepEP.
     """

@@ -7,7 +7,6 @@ bias.py). Nothing here waits for the device and all memory comes from torch: a C
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from moebius.core.activations import Activation
 from moebius.core.kernels import plan
+from moebius.torch_frontend.dtypes import on
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -132,7 +132,7 @@ def activate_rows_backward(
     dact_RI, hidden_RU = dact_RI.contiguous(), hidden_RU.contiguous()
     n_rows, inter_dim = dact_RI.shape
     dhidden_RU = hidden_RU if in_place else torch.empty_like(hidden_RU)
-    drow_weights_R = None if row_weights_R is None else torch.empty_like(row_weights_R)
+    drow_weights_R = None if row_weights_R is None else torch.empty_like(row_weights_R, dtype=torch.float32)
     launch = plan.activate_rows_backward(n_rows, inter_dim, activation, _count(bias_eU), row_weights_R is not None)
     inputs = dact_RI, hidden_RU, *_given(hidden_RU, bias_eU, row_experts_R, row_weights_R)
     run(launch, *inputs, n_rows, dhidden_RU, *_given(hidden_RU, drow_weights_R))
@@ -176,7 +176,7 @@ def run(launch: plan.Launch, *arguments: Any) -> None:
     if not launch.programs:
         return
     device = arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         _kernel(launch.kernel)[(launch.programs,)](*arguments, **launch.constants, **launch.options())
 
 

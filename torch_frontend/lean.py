@@ -20,9 +20,9 @@ from moebius.core.errors import Unsupported
 from moebius.torch_frontend.activate import Fields, activate_rows, activate_rows_backward, fields, of_fields
 from moebius.torch_frontend.bias import dot_rows, sum_rows
 from moebius.torch_frontend.dispatch import Sent
-from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.dtypes import accumulate_dtype, on
 from moebius.torch_frontend.matmul import Kernels, in_context, kernels
-from moebius.torch_frontend.operators import call, differentiate, transformed
+from moebius.torch_frontend.operators import call, differentiate
 from moebius.torch_frontend.permute import gather_rows, sort_routes, sum_slots
 
 if TYPE_CHECKING:
@@ -195,7 +195,8 @@ _N_TENSORS = 7  # x, weights, ids and Weights
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _experts(x: Tensor, weights: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    y, kept = forward(x, weights, ids, Weights(*rest[:4]), _how(rest[4:]))
+    with on(x.device):
+        y, kept = forward(x, weights, ids, Weights(*rest[:4]), _how(rest[4:]))
     return (y, *kept[1:])
 
 
@@ -269,13 +270,15 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 def _alone(dy: Tensor) -> bool:
     """Whether this is an ordinary backward pass whose graph nobody reads again, so that kept tensors may be reused.
 
-    Not while a compiler traces or torch.func transforms, not with create_graph=True or retain_graph=True.
+    The hooks of torch.autograd.graph.saved_tensors_hooks see the reuse, if they keep what they were handed. Not while
+    something traces it, not with create_graph=True or retain_graph=True, and not under vmap, where one pass
+    serves several gradients and `dy` has no storage.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transformed():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if type(dy) is not Tensor or not torch._C._has_storage(dy):  # without: is_grads_batched, many gradients in one
+    if type(dy) is not Tensor or not torch._C._has_storage(dy) or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _how(told: Any) -> How:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moebius.core import checks
 from moebius.core.registry import Backend, Problem, Registry
+from moebius.torch_frontend import dtypes
 from moebius.torch_frontend.checks import check_group_sizes
 from moebius.torch_frontend.operators import call, differentiate
 
@@ -87,7 +88,7 @@ def linear(
         autocast: inside torch.autocast compute in its dtype, as torch.nn.Linear does; False for x's dtype there too.
     """
     bias_F = None if bias_F is None else bias_F.to(x.dtype)
-    if autocast or not torch.is_autocast_enabled(x.device.type):
+    if autocast or not dtypes.autocast(x.device.type):
         return F.linear(x, weight_FD.to(x.dtype), bias_F)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight_FD.to(x.dtype), bias_F)
@@ -126,7 +127,8 @@ def _product(rows: Tensor, weight: Tensor, group_sizes: Tensor, backend: str) ->
     if 0 in (rows.shape[0], weight.shape[0]):
         return rows.new_zeros(rows.shape[0], weight.shape[2])
     chosen = kernels(backend, rows, weight.shape)
-    return _zero_past_end(chosen.product(rows, weight, chosen.prepare(group_sizes)), group_sizes)
+    with dtypes.on(rows.device):
+        return _zero_past_end(chosen.product(rows, weight, chosen.prepare(group_sizes)), group_sizes)
 
 
 @torch.library.custom_op(
@@ -139,7 +141,8 @@ def _weight_gradient(rows: Tensor, dout: Tensor, group_sizes: Tensor, backend: s
         return rows.new_zeros(group_sizes.shape[0], rows.shape[1], dout.shape[1])
     shape = group_sizes.shape[0], rows.shape[1], dout.shape[1]
     chosen = kernels(backend, rows, shape)
-    return chosen.weight_gradient(rows, dout, chosen.prepare(group_sizes))
+    with dtypes.on(rows.device):
+        return chosen.weight_gradient(rows, dout, chosen.prepare(group_sizes))
 
 
 @_product.register_fake
@@ -290,7 +293,7 @@ BACKENDS.add(
     name="grouped_mm",
     load=_load_grouped_mm,
     supports=_grouped_mm_supports,
-    note="torch.nn.functional.grouped_mm: CUTLASS on Hopper in bfloat16",
+    note="torch.nn.functional.grouped_mm: CUTLASS on Hopper in bfloat16; else a product an expert, sizes read on the host",
 )
 BACKENDS.add(name="loop", load=_load_loop, reads_host=True, note="one matmul per expert; any dtype, float64 too")
 BACKENDS.add(

@@ -66,12 +66,7 @@ def call(op: Any, *args: Any) -> Any:
         return op(*args)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
         raise _no_forward_mode(op)
-    return _FUNCTIONS[op].apply(*args) if transformed() else op(*args)
-
-
-def transformed() -> bool:
-    """Whether torch.func, or vmap by another name, transforms what runs now; False while a compiler traces."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return _FUNCTIONS[op].apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
 
 
 def _has_tangent(value: Any) -> bool:

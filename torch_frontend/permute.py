@@ -190,7 +190,13 @@ def _sum_slots(rows: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor
 def _(ids: Tensor, weights: Tensor, n_experts: int) -> tuple[Tensor, ...]:
     rows = ids.shape[0] * ids.shape[1]
     of_rows, of_experts = (ids.new_empty(n, dtype=torch.int32) for n in (rows, n_experts))
-    return of_rows, torch.empty_like(ids, dtype=torch.int32), of_experts, ids.new_empty(rows), weights.new_empty(rows)
+    return (
+        of_rows,
+        ids.new_empty(ids.shape, dtype=torch.int32),
+        of_experts,
+        ids.new_empty(rows),
+        weights.new_empty(rows),
+    )
 
 
 @_gather.register_fake

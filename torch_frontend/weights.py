@@ -34,7 +34,8 @@ def load_parameters(module: nn.Module, values: Mapping[str, Any]) -> None:
     """Copy `values` into the module's parameters, cast to their dtype; all of them or, on an error, none.
 
     Args:
-        values: by dotted name, tensors or NumPy arrays in the layout's shapes, of all experts; each rank takes its part.
+        values: by dotted name, tensors or NumPy arrays in the layout's shapes; of all experts, of which each rank
+            takes its own.
 
     Raises:
         CheckpointError: names are missing or unexpected; lists all of them.

@@ -67,7 +67,7 @@ def test_activation_of_an_unknown_curve_is_refused():
 
 
 def test_activation_with_a_limit_below_zero_is_refused():
-    with pytest.raises(ConfigError, match="limit=-1.0\nfound: bounds that cross"):
+    with pytest.raises(ConfigError, match=r"limit=-1\.0\nfound: bounds that cross"):
         resolve("quick_geglu", settings(activation_limit=-1.0))
     assert resolve("swigluoai", settings(activation_limit=-1.0)).limit is None
 

@@ -154,3 +154,26 @@ def test_two_layers_and_the_callers_steps_in_one_graph_equal_eager_bit_for_bit()
         function(x, *routes).square().sum().backward()
         grads.append([x.grad, *(value.grad for value in model.parameters())])
     assert all(torch.equal(found, wanted) for found, wanted in zip(*grads, strict=True))
+
+
+# Dynamo looks at the gradients of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_experts_whose_backward_is_compiled_on_its_own_have_the_gradients_of_eager() -> None:
+    """Compiled autograd: Dynamo traces the backward pass as it runs."""
+    torch.compiler.reset()
+    layer = drawn(GroupedExperts(config("float32")))
+
+    def step(*given: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = layer(*given)
+        y.square().sum().backward()
+        return y
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        given = arguments(layer, 7)
+        torch.compile(step, backend="aot_eager")(*given)
+    found = [given[0].grad, *(value.grad for value in layer.parameters())]
+    layer.zero_grad()
+    given = arguments(layer, 7)
+    step(*given)
+    wanted = [given[0].grad, *(value.grad for value in layer.parameters())]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -265,8 +265,9 @@ def _functions() -> dict[str, object]:
         ("experts", (2, D), E * (rank + 1), True),
         ("rest", (2, D), E + 1, True),
         ("grad", (2, D), E, rank == 0),
+        ("grad of parameters", (2, D), E, rank == 0),
     ]:
-        x = torch.ones(kind, requires_grad=True)
+        x = torch.ones(kind, requires_grad=name != "grad of parameters")
         try:
             with torch.set_grad_enabled(grad):
                 dispatcher.dispatch(x, torch.ones(2, K), ids, mask, e)
@@ -313,6 +314,7 @@ def test_all_gather_whose_gradient_one_rank_wants_takes_all_ranks_through_backwa
         ("experts", ShapeError, "rank 0: D=3, K=2, E=8, float32; rank 1: D=3, K=2, E=16, float32"),
         ("rest", ConfigError, "asked: 9 experts over 2 ranks\nfound: 1 left over"),
         ("grad", ConfigError, "none on rank 1, some on others"),
+        ("grad of parameters", ConfigError, "none on rank 1, some on others"),
     ],
 )
 def test_all_gather_of_ranks_that_do_not_fit_is_refused_on_every_rank(name: str, kind: type, words: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from moebius.core import BackendConfig, DTypeError, MoEConfig, ShapeError, Unsupported
+from moebius.core import BackendConfig, DTypeError, MoEConfig, RoutingError, ShapeError, Unsupported
 from moebius.torch_frontend import GroupedExperts, MoE, experts
 
 CONFIG = MoEConfig(
@@ -181,3 +181,31 @@ def test_experts_of_a_dtensor_are_refused_with_a_remedy() -> None:
     x, mask, weights, indices = inputs()
     with pytest.raises(DTypeError, match=r"do: pass x.to_local\(\)"):
         GroupedExperts(CONFIG)(x.detach().as_subclass(DTensor), mask, weights, indices)
+
+
+def test_grouped_experts_compute_with_what_a_parametrization_makes_of_a_parameter() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return 2 * value
+
+    module, plain = GroupedExperts(CONFIG), GroupedExperts(CONFIG)
+    plain.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        plain.down_projs.mul_(2)
+    torch.nn.utils.parametrize.register_parametrization(module, "down_projs", Doubled())
+    args = inputs()
+    torch.testing.assert_close(module(*args), plain(*args), rtol=0, atol=0)
+
+
+def test_grouped_experts_on_meta_compute_shapes() -> None:
+    x, mask, weights, indices = (value.to("meta") for value in inputs())
+    assert GroupedExperts(CONFIG, device="meta")(x, mask, weights, indices).shape == (7, 8)
+
+
+def test_grouped_experts_with_full_checks_look_at_shapes_before_values() -> None:
+    module = GroupedExperts(CONFIG, BackendConfig(checks="full"))
+    x, mask, weights, indices = inputs()
+    with pytest.raises(ShapeError, match=r"token_mask of shape \[7\]"):
+        module(x, mask[:4], weights, indices)
+    with pytest.raises(RoutingError, match="ids in"):
+        module(x, mask, weights, indices + 9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from itertools import product
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from sides import Problem, cached_problem, expected
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from moebius.core import BackendConfig, MoEConfig
+from moebius.core import BackendConfig, MoEConfig, Unsupported
 from moebius.core.activations import CONFIG_ACTIVATIONS
 from moebius.core.tolerance import within
 from moebius.torch_frontend import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, experts
@@ -207,6 +210,13 @@ def test_backward_of_create_graph_gives_the_same_gradients() -> None:
     assert_same(dict(zip(leaves, found, strict=True)), wanted, leaves)
 
 
+def test_backward_of_create_graph_without_retain_graph_is_the_operators_too() -> None:
+    layer, given = module(config()), inputs()
+    (dx,) = torch.autograd.grad(layer(**given).square().sum(), given["x"], create_graph=True, retain_graph=False)
+    with pytest.raises(Unsupported, match="double_backward=True"):
+        dx.sum().backward()
+
+
 def test_module_called_twice_before_backward_adds_both_gradients() -> None:
     layer, one, two = module(config()), inputs(seed=1), inputs(seed=5)
     apart = [run(module(config()), given) for given in (inputs(seed=1), inputs(seed=5))]
@@ -322,6 +332,33 @@ def test_modules_pass_gradcheck_in_float64(kind: str, after: bool) -> None:
         return torch.func.functional_call(layer, own, (x, mask, weights, ids))
 
     assert torch.autograd.gradcheck(call, [value.requires_grad_() for value in (x, weights, *values)])
+
+
+def test_backward_traced_by_make_fx_is_one_operator_and_replays_for_other_values() -> None:
+    layer = module(config())
+
+    def passes(x: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Any:
+        y = layer(x, mask, weights, ids)
+        return torch.autograd.grad(y, [x, weights, *layer.parameters()], torch.ones_like(y))
+
+    graph = make_fx(passes)(*inputs(seed=1).values())
+    found = [str(node.target) for node in graph.graph.nodes if "moebius" in str(node.target)]
+    assert found == ["moebius.experts.default", "moebius.experts_backward.default"]
+    for one, other in zip(graph(*inputs(seed=5).values()), passes(*inputs(seed=5).values()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_passes_of_fake_tensors_give_shapes_and_dtypes(inside: bool) -> None:
+    with FakeTensorMode() as mode:
+        layer, given = GroupedExperts(config("bfloat16")), inputs("bfloat16")
+        y = layer(**given)
+        dy = torch.empty_like(y)
+    with mode if inside else nullcontext():
+        y.backward(dy)
+    assert (y.shape, y.dtype) == ((T, D), torch.bfloat16)
+    for value in (given["x"], given["weights"], *layer.parameters()):
+        assert (value.grad.shape, value.grad.dtype) == (value.shape, value.dtype)
 
 
 @cache

@@ -53,3 +53,9 @@ def test_permute_gradient_in_bfloat16_is_summed_in_float32_and_rounded_once() ->
     # 256 + 1 + 1 is 258 in one rounding; added one at a time in bfloat16 each 1 would be lost.
     rows.backward(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16))
     assert x.grad.item() == 258
+
+
+def test_sort_of_transposed_ids_has_the_layout_that_a_compiler_is_told() -> None:
+    ids = torch.tensor([[0, 1, 2], [1, 2, 0]], dtype=torch.int32).T
+    assert not ids.is_contiguous()
+    torch.library.opcheck(torch.ops.moebius.sort_routes, (ids, torch.ones(3, 2), 3))

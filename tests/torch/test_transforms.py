@@ -210,16 +210,24 @@ def test_second_derivatives_without_the_switch_are_refused_with_its_name(kind: s
         grad(lambda x: grad(case.loss, 1)(case.own, x).square().sum())(case.x)
 
 
-# The C++ side says once an operator that it goes through a batch one by one.
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("kind", ["GroupedExperts", "by steps"])
-def test_several_gradients_in_one_equal_one_after_the_other(kind: str) -> None:
+def test_several_gradients_in_one_equal_one_after_the_other(kind: str, how: str) -> None:
     case = Case(kind)
-    x = case.x.clone().requires_grad_()
-    y = case(case.own, x)
     dys = torch.stack([torch.randn(T, D, generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    (found,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+
+    def gradient(dy: torch.Tensor, **settings: Any) -> torch.Tensor:
+        x = case.x.clone().requires_grad_()
+        return torch.autograd.grad(case(case.own, x), x, dy, **settings)[0]
+
+    if how == "vmap":
+        x = case.x.clone().requires_grad_()
+        y = case(case.own, x)
+        found = vmap(lambda dy: torch.autograd.grad(y, x, dy)[0])(dys)
+    else:
+        found = gradient(dys, is_grads_batched=True)
     for i in range(3):
-        assert torch.equal(found[i], torch.autograd.grad(y, x, dys[i], retain_graph=True)[0])
+        assert torch.equal(found[i], gradient(dys[i]))
 
 
 # --------------------------------------------------------------------------------------------------------- forward mode
