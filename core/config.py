@@ -63,6 +63,12 @@ class _FromAttributes:
                 f"no attribute {', '.join(missing)}",
                 f"pass a {cls.__name__}, or an object with all of its required attributes",
             )
+        if source is not None and not values:
+            raise ConfigError(
+                f"a {cls.__name__} from {source!r}",
+                f"a {type(source).__name__} with none of its attributes",
+                f"pass a {cls.__name__}, or an object with its attributes",
+            )
         return cls(**values)
 
 

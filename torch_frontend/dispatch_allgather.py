@@ -56,8 +56,9 @@ class AllGather:
 
     Spec: core.reference.dispatch. Each rank's gradients are those of the sum of all ranks' losses. All ranks of the
     group call `dispatch`, `combine` and backward in the same order, with any number of tokens each, none included.
-    Parameters are frozen on every rank or on none. Collectives: four forward (sizes, tokens, routes, outputs), of which the first is read on the host, and three
-    backward. Under torch.compile both methods run between the graphs, not in them.
+    Parameters are frozen on every rank or on none. Collectives: four forward (sizes, tokens, routes, outputs), of which
+    the first is read on the host, and three backward. Under torch.compile both methods run between the graphs, not in
+    them; torch.func does not transform them.
 
     Args:
         group: the torch.distributed process group over which the experts are spread; None for the default one.

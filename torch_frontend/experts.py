@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moebius.core import checks, layout
 from moebius.core.activations import Activation
 from moebius.core.config import BackendConfig, MoEConfig
-from moebius.core.errors import ConfigError
+from moebius.core.errors import ConfigError, Unsupported
 from moebius.core.registry import Problem
 from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend.activate import activate
@@ -30,6 +30,7 @@ from moebius.torch_frontend.weights import draw
 
 # (pre-activation [R, U], routing weights [R, 1]) -> [R, I], the product with the weights included.
 WeightedActivation = Callable[[Tensor, Tensor], Tensor]
+_ACTIVATIONS = ("expert_activation_grouped", "expert_activation")
 
 
 def experts(
@@ -128,6 +129,9 @@ class _Experts(AllOrNothing):
         super().__init__()
         self.config = MoEConfig.of(config)
         self.backend = BackendConfig.of(backend)
+        if self.backend.te_fp8 is not None:
+            do = "run the layer inside transformer_engine.pytorch.autocast(recipe=...)"
+            raise Unsupported(f"te_fp8={self.backend.te_fp8!r}", "the experts take FP8 from the autocast alone", do)
         self.dtype = None if dtype is None else as_dtype(dtype)
         self.n_routed_experts = self.config.n_routed_experts
         self.expert_bias = self.config.expert_bias
@@ -176,6 +180,9 @@ class _Experts(AllOrNothing):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ACTIVATIONS and not hasattr(type(self), name):
+            own = next(other for other in _ACTIVATIONS if hasattr(type(self), other))
+            raise ConfigError(f"{type(self).__name__}.{name}", f"its activation is {own}", f"assign {own}")
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)  # nn.Module would make a child of a module, past the property
         else:

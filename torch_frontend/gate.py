@@ -143,7 +143,10 @@ class Gate(AllOrNothing):
         updates = self.training and c.gate_bias_update_factor > 0
         if not (updates or self.track_load or (self.training and c.aux_loss_coeff > 0)):
             return None
-        load_E = self.last_load = expert_load(routing.ids_TK, token_mask, c.n_routed_experts)
+        load_E = expert_load(routing.ids_TK, token_mask, c.n_routed_experts)
+        if _transformed():
+            return load_E
+        self.last_load = load_E
         if updates:
             # The first pass adds too: selective checkpointing demands the same operators of a recomputation.
             self.cumulative_load = once(load_E) + (0 if self.cumulative_load is None else self.cumulative_load)
@@ -168,8 +171,9 @@ class Gate(AllOrNothing):
         best_TK = routing.ids_TK if by_score else None
         settings: dict[str, Any] = {"n_sequences": n_sequences, "best_TK": best_TK, "cp_mesh": cp_mesh}
         found = losses(logits_TE, routing, load_E, token_mask, c, **settings)
-        for name, loss in found.items():
-            setattr(self, f"last_{name}", loss.detach())
+        if not _transformed():
+            for name, loss in found.items():
+                setattr(self, f"last_{name}", loss.detach())
         return found
 
     @torch.no_grad()
@@ -249,3 +253,8 @@ def set_aux_loss_scale(module: nn.Module, scale: Any) -> None:
         raise ConfigError(f"the scale of the router's losses in a {type(module).__name__}", "no Gate", "pass a model")
     for gate in gates:
         gate.aux_loss_scale = scale
+
+
+def _transformed() -> bool:
+    """Whether torch.func transforms this call: what it hands out is dead afterwards and must not be kept."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

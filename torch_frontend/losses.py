@@ -81,7 +81,7 @@ def seq_aux_loss(
         raise ShapeError(f"{n_sequences} sequences of equal length", f"{T} tokens", "pass a number that divides them")
     logits_TE = _valid(promoted(logits_TE), token_mask_T)
     best_TK = top_k(logits_TE.detach(), k) if best_TK is None else best_TK.long()
-    best_TE = torch.zeros(T, E, dtype=torch.bool, device=logits_TE.device).scatter_(1, best_TK, True)
+    best_TE = torch.zeros(T, E, dtype=torch.bool, device=logits_TE.device).scatter(1, best_TK, True)
     scores_TE = _valid(normalised(score(logits_TE, config.routing_rule)), token_mask_T)
 
     def per_sequence(value_T: Tensor) -> Tensor:
@@ -152,6 +152,8 @@ def sum_over_ranks(values: Sequence[Tensor], cp_mesh: Any) -> list[Tensor]:
 
 
 class _AttachAuxLoss(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
     def forward(weights_TK: Float[Tensor, "T K"], loss: Tensor, scale: Any) -> Tensor:
         return weights_TK.view_as(weights_TK)

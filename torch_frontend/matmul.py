@@ -293,7 +293,7 @@ BACKENDS.add(
     name="grouped_mm",
     load=_load_grouped_mm,
     supports=_grouped_mm_supports,
-    note="torch.nn.functional.grouped_mm: CUTLASS on Hopper in bfloat16; else a product an expert, sizes read on the host",
+    note="torch.nn.functional.grouped_mm: CUTLASS on Hopper in bfloat16; in other dtypes sizes are read on the host",
 )
 BACKENDS.add(name="loop", load=_load_loop, reads_host=True, note="one matmul per expert; any dtype, float64 too")
 BACKENDS.add(

@@ -1,7 +1,7 @@
 """Backend "grouped_mm": torch.nn.functional.grouped_mm, with its rules kept inside.
 
-It asks for strides and addresses of 16 bytes and refuses expanded gradients (measured: torch 2.13, CPU); here widths are padded and
-operands laid out.
+It asks for strides and addresses of 16 bytes and refuses expanded gradients (measured: torch 2.13, CPU; the addresses
+are from its source); here widths are padded and operands laid out.
 """
 
 from __future__ import annotations

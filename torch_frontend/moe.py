@@ -187,7 +187,7 @@ class MoE(AllOrNothing):
         if self.shared_expert_gate is None:
             return out_TD
         opening_T1 = torch.sigmoid(promoted(self.shared_expert_gate(x_TD)))
-        return (promoted(out_TD) * opening_T1).to(x_TD.dtype)
+        return (promoted(out_TD) * opening_T1).to(out_TD.dtype)
 
     def init_weights(self, buffer_device: Any = None, init_std: float = 0.02) -> None:
         """Draw every weight anew from N(0, init_std); biases zero."""

@@ -80,7 +80,8 @@ def expert_load(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_
     """
     here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
     chosen_TE = torch.zeros(len(ids_TK), n_experts + 1, dtype=torch.bool, device=ids_TK.device)
-    chosen_TE.scatter_(1, torch.where(here_TK, ids_TK, n_experts).long(), True)
+    # Out of place, so that torch.func.vmap takes it.
+    chosen_TE = chosen_TE.scatter(1, torch.where(here_TK, ids_TK, n_experts).long(), True)
     return chosen_TE[:, :n_experts].sum(0, dtype=torch.int32)
 
 

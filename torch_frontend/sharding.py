@@ -33,6 +33,9 @@ def ep_dimension(mesh: Any) -> Any:
     Raises:
         ConfigError: `mesh` has several dimensions and none of that name.
     """
+    if not hasattr(mesh, "ndim") or not hasattr(mesh, "mesh_dim_names"):
+        found, do = f"a {type(mesh).__name__}", "make one with torch.distributed.device_mesh.init_device_mesh"
+        raise ConfigError("a torch.distributed DeviceMesh", found, do)
     if mesh.ndim == 1:
         return mesh
     names = mesh.mesh_dim_names or ()
@@ -57,11 +60,14 @@ def shard_experts(module: nn.Module, ep_mesh: Any) -> nn.Module:
     Returns:
         `module`.
     Raises:
-        ConfigError: the mesh has no such dimension, or n does not divide E.
+        ConfigError: `module` is none, the mesh has no such dimension, or n does not divide E.
         Unsupported: a parameter is a DTensor already.
     """
     mesh = ep_dimension(ep_mesh)
     parameters = dict(module.named_parameters(recurse=False))
+    if not {"gate_and_up_projs", "down_projs"} <= parameters.keys():
+        found = f"parameters of its own: {', '.join(parameters) or 'none'}"
+        raise ConfigError(f"the experts of a {type(module).__name__}", found, "pass the experts module, as moe.experts")
     for name, value in parameters.items():
         if _is_dtensor(value):
             raise Unsupported(f"{name} to be sharded", "a DTensor already", "shard a module once, before FSDP")

@@ -461,3 +461,12 @@ def test_deepep_buffer_without_deepep_is_refused() -> None:
     module = GroupedExpertsDeepEP(config())
     with pytest.raises((Unsupported, ImportError), match="'deepep'"):
         module._init_deepep_buffer(SimpleNamespace(size=lambda: 2))
+
+
+def test_a_subclass_may_assign_the_documented_attributes() -> None:
+    class Mine(GroupedExperts):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.use_torch_mm = self.use_mxfp8 = False
+
+    assert Mine(config(), BackendConfig(experts="torch_mm")).use_torch_mm is False

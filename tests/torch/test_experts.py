@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moebius.core import BackendConfig, DTypeError, MoEConfig, RoutingError, ShapeError, Unsupported
-from moebius.torch_frontend import GroupedExperts, MoE, experts
+from moebius.core import BackendConfig, ConfigError, DTypeError, MoEConfig, RoutingError, ShapeError, Unsupported
+from moebius.torch_frontend import GroupedExperts, GroupedExpertsDeepEP, MoE, experts, shard_experts
 
 CONFIG = MoEConfig(
     n_routed_experts=4,
@@ -209,3 +212,46 @@ def test_grouped_experts_with_full_checks_look_at_shapes_before_values() -> None
         module(x, mask[:4], weights, indices)
     with pytest.raises(RoutingError, match="ids in"):
         module(x, mask, weights, indices + 9)
+
+
+@pytest.mark.parametrize("backend", ["te", {"experts": "te"}, object()], ids=["name", "mapping", "object"])
+def test_modules_of_what_is_no_backend_config_refuse_it(backend) -> None:
+    with pytest.raises(ConfigError, match="asked: a BackendConfig from"):
+        GroupedExperts(CONFIG, backend)
+
+
+def test_grouped_experts_with_te_fp8_point_to_the_autocast() -> None:
+    with pytest.raises(Unsupported, match=r"do: run the layer inside transformer_engine\.pytorch\.autocast"):
+        GroupedExperts(CONFIG, BackendConfig(experts="te", te_fp8="current"))
+
+
+def test_modules_refuse_the_other_modules_name_of_the_activation() -> None:
+    with pytest.raises(ConfigError, match="do: assign expert_activation_grouped"):
+        GroupedExperts(CONFIG).expert_activation = torch.nn.ReLU()
+    with pytest.raises(ConfigError, match=r"do: assign expert_activation$"):
+        GroupedExpertsDeepEP(CONFIG).expert_activation_grouped = torch.nn.ReLU()
+
+
+def test_shard_experts_of_a_module_without_experts_names_what_to_pass() -> None:
+    with pytest.raises(ConfigError, match=r"a torch\.distributed DeviceMesh"):
+        shard_experts(GroupedExperts(CONFIG), None)
+    with pytest.raises(ConfigError, match=r"do: pass the experts module, as moe\.experts"):
+        shard_experts(MoE(CONFIG), SimpleNamespace(ndim=1, mesh_dim_names=("ep",)))
+
+
+def test_moe_under_torch_func_records_nothing_and_can_be_copied_after() -> None:
+    layer = MoE(
+        replace(CONFIG, aux_loss_coeff=0.1, gate_bias_update_factor=0.1, score_func="sigmoid", expert_bias=False)
+    )
+    values, x = dict(layer.named_parameters()), torch.randn(5, 8)
+
+    def loss(values, x):
+        return torch.func.functional_call(layer, values, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(values, x)
+    assert layer.gate.last_aux_loss is None and layer.gate.cumulative_load is None
+    copy.deepcopy(layer)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(grads["gate.weight"], layer.gate.weight.grad)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x[:, None])
+    assert per_sample["gate.weight"].shape == (5, 4, 8)

@@ -45,19 +45,20 @@ def _set_activation(module: Any, value: WeightedActivation | None) -> None:
 
 
 class _Documented:
-    """The documented attributes that all three modules share."""
+    """The documented attributes that all three modules share.
+
+    Attributes:
+        use_torch_mm: whether `backend.experts` names torch's grouped product. use_mxfp8: whether in MXFP8. Plain
+            attributes, since subclasses assign them.
+    """
 
     backend: BackendConfig
+    use_torch_mm: bool
+    use_mxfp8: bool
 
-    @property
-    def use_torch_mm(self) -> bool:
-        """Whether `backend.experts` names torch's grouped product."""
-        return self.backend.experts == "grouped_mm" or self.use_mxfp8
-
-    @property
-    def use_mxfp8(self) -> bool:
-        """Whether it names it in MXFP8."""
-        return self.backend.experts == "torch_mm_mxfp8"
+    def _describe(self) -> None:
+        self.use_mxfp8 = self.backend.experts == "torch_mm_mxfp8"
+        self.use_torch_mm = self.backend.experts == "grouped_mm" or self.use_mxfp8
 
 
 class GroupedExperts(_Documented, Experts):
@@ -75,6 +76,7 @@ class GroupedExperts(_Documented, Experts):
 
     def __init__(self, config: Any, backend: Any = None):
         super().__init__(config, backend)
+        self._describe()
 
     def _forward_loop(
         self,
@@ -162,6 +164,7 @@ class GroupedExpertsDeepEP(_Documented, ExpertsDeepEP):
             dispatcher_share_token_dispatcher,
             dispatcher_async_dispatch,
         )
+        self._describe()
 
     def _init_deepep_buffer(self, ep_group: Any) -> None:
         """Make DeepEP's buffers for `ep_group` now: made in a forward pass, activation checkpointing would hold them.

@@ -55,6 +55,7 @@ class GroupedExpertsTE(_Documented, ExpertsTE):
             dispatcher_share_token_dispatcher,
             dispatcher_async_dispatch,
         )
+        self._describe()
         self.ep_mesh: Any = None
         self.register_load_state_dict_pre_hook(_take_this_ranks)
 
