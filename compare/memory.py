@@ -13,8 +13,9 @@ from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError
 from moebius.core.precision import DTYPES
 
-# Per row element: value and variance in float64 of a stage and of its gradient, and temporaries of the same size.
-_REFERENCE = 48
+# Per row element: value and variance in float64 of a stage and of its gradient, and temporaries of the same size; a
+# third more for two walks at once, whose peaks meet or not as their threads run (measured: a fifth).
+_REFERENCE = 64
 # Per row element and side: a stage and its gradient, in the framework and as float32.
 _SIDE = 16
 # Per head and pair of tokens in transformers' plain attention: scores, mask and softmax in float32.
