@@ -1,8 +1,9 @@
 """Steps 4 to 8 as one operator that keeps little: x, the pre-activation, the order of the rows and their weights.
 
 The backward pass copies the rows and activates them again: two passes over memory instead of R * (D + I) elements
-held. It runs the very kernels of `experts.steps`, so both agree bit for bit; but with `apply_router_weight_after_down`
-the gradients are computed as if the weight came before, which is the same function with other roundings.
+held. It runs the very kernels of `experts.steps`, so both agree bit for bit (shown on a CPU; on a GPU the routing
+weights' gradient may differ in the last place where there are biases); but with `apply_router_weight_after_down` the
+gradients are computed as if the weight came before, which is the same function with other roundings.
 
 Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradient without the output rows.
 """
