@@ -40,7 +40,13 @@ def computed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def autocast(device: str) -> bool:
     """Whether an autocast region is open for devices of this kind; never for those that have none, as meta."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    """Whether devices of this kind can autocast. Asked outside of a graph, as torch 2.11 cannot trace it."""
+    return torch.amp.is_autocast_available(device)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

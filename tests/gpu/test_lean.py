@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,7 +92,9 @@ def no_waiting() -> Iterator[None]:
     """Whatever makes the host wait for the device raises."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype, once a process
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -114,7 +114,7 @@ def test_backends_that_are_named_are_used_and_agree():
 @pytest.mark.parametrize(
     ("side", "error"),
     [
-        ("torch:te", BackendUnavailable),
+        ("torch:te@cpu", (BackendUnavailable, Unsupported)),
         ("flax:te", Unsupported),
         ("torch:ragged_dot", ConfigError),
         ("flax:nonsense", ConfigError),

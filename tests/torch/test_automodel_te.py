@@ -189,6 +189,7 @@ def test_to_ep_dtensor_without_a_mesh_is_the_tensor_itself() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the backend
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it may run")
 def test_te_backend_is_the_default_and_refused_where_it_cannot_run() -> None:
     with pytest.raises((BackendUnavailable, Unsupported), match="'te'"):
         GroupedExpertsTE(module().config)
