@@ -20,9 +20,10 @@ from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.checkpoint import load_moe
 from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
-from moebius.jax_frontend.experts import GroupedExperts, experts
+from moebius.jax_frontend.experts import experts
 from moebius.jax_frontend.fake_gate import FakeBalancedGate
 from moebius.jax_frontend.gate import Gate, set_aux_loss_scale
+from moebius.jax_frontend.grouped_experts import GroupedExperts
 from moebius.jax_frontend.losses import aux_loss, seq_aux_loss, z_loss
 from moebius.jax_frontend.matmul import grouped_matmul, linear
 from moebius.jax_frontend.moe import MoE, SharedExperts

@@ -18,9 +18,9 @@ from moebius.core.stages import OUTPUT, Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.dtypes import as_dtype, promoted
-from moebius.jax_frontend.experts import GroupedExperts
 from moebius.jax_frontend.fake_gate import FakeBalancedGate
 from moebius.jax_frontend.gate import Gate
+from moebius.jax_frontend.grouped_experts import GroupedExperts
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.route import quiet
 from moebius.jax_frontend.weights import draw

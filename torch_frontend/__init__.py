@@ -20,9 +20,10 @@ from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
 from moebius.torch_frontend.checkpoint import load_moe
 from moebius.torch_frontend.dispatch import Dispatcher, Local, Sent
-from moebius.torch_frontend.experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, experts
+from moebius.torch_frontend.experts import experts
 from moebius.torch_frontend.fake_gate import FakeBalancedGate
 from moebius.torch_frontend.gate import Gate, set_aux_loss_scale
+from moebius.torch_frontend.grouped_experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
 from moebius.torch_frontend.losses import aux_loss, seq_aux_loss, z_loss
 from moebius.torch_frontend.matmul import grouped_matmul, linear
 from moebius.torch_frontend.moe import MoE, SharedExperts

@@ -14,9 +14,9 @@ from moebius.core.stages import OUTPUT, Tap, untapped
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.checks import check_arrays
 from moebius.torch_frontend.dtypes import as_dtype, promoted
-from moebius.torch_frontend.experts import GroupedExperts
 from moebius.torch_frontend.fake_gate import FakeBalancedGate
 from moebius.torch_frontend.gate import Gate
+from moebius.torch_frontend.grouped_experts import GroupedExperts
 from moebius.torch_frontend.matmul import linear
 from moebius.torch_frontend.route import quiet
 from moebius.torch_frontend.statedict import AllOrNothing

@@ -50,9 +50,12 @@ NAMES = {
     ("weights.py", "CorrectionBias"): "jax: NNX keeps state in Variable classes",
     ("weights.py", "draw"): "torch fills a tensor in place; JAX returns an array",
     ("matmul.py", "device_of"): "jax: arrays under a transformation have no device of their own",
-    ("experts.py", "GroupedExperts.extra_repr"): "torch: nn.Module's convention; NNX prints every attribute itself",
-    ("experts.py", "GroupedExperts.expert_activation_grouped"): _API,
-    ("experts.py", "weighted_activation"): _API,
+    (
+        "grouped_experts.py",
+        "GroupedExperts.extra_repr",
+    ): "torch: nn.Module's convention; NNX prints every attribute",
+    ("grouped_experts.py", "GroupedExperts.expert_activation_grouped"): _API,
+    ("grouped_experts.py", "weighted_activation"): _API,
     ("matmul_loop.py", "product"): "jax: the transposed product is an argument; a torch view is transposed already",
     ("matmul_loop.py", "prepare"): _RAW,
     ("matmul.py", "kernels"): _RAW,
@@ -158,7 +161,7 @@ def test_the_experts_read_the_same_line_by_line() -> None:
     for folder in (TORCH, JAX):
         source = (folder / "experts.py").read_text()
         words = {".astype(": ".to(", "jnp.": "torch.", "Array": "Tensor"}
-        start, end = source.index("    checks.tokens(x"), source.index("\n\n\nclass ")
+        start, end = source.index("    checks.tokens(x"), len(source)
         body = source[start:end]
         for own, other in words.items():
             body = body.replace(own, other)

@@ -19,7 +19,7 @@ from moebius.core import BackendConfig, reference
 from moebius.core.precision import EXACT, Arithmetic
 from moebius.core.tolerance import Bound, bounds, within
 from moebius.torch_frontend import load_parameters
-from moebius.torch_frontend.experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
+from moebius.torch_frontend.grouped_experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
 
 E, K = 8, 2
 LENGTHS = [(3, 2), (5, 0), (0, 0), (4, 1, 0, 3)]

@@ -15,7 +15,7 @@ from torch import nn
 from moebius.core import ConfigError, MoEConfig, MoEError, ShapeError, Unsupported
 from moebius.core.errors import StateDictError
 from moebius.torch_frontend import MoE, load_parameters
-from moebius.torch_frontend.experts import GroupedExperts
+from moebius.torch_frontend.grouped_experts import GroupedExperts
 from moebius.torch_frontend.sharding import ep_dimension, held, local, matching, mesh_of, shard_experts
 
 CONFIG = MoEConfig(n_routed_experts=8, n_activated_experts=2, dim=8, moe_inter_dim=6, dtype="float32", expert_bias=True)

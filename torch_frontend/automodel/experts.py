@@ -11,10 +11,10 @@ from moebius.core.config import BackendConfig
 from moebius.core.registry import Problem
 from moebius.torch_frontend.automodel.activation import get_expert_activation_for_deepep
 from moebius.torch_frontend.dispatch import DISPATCHERS, Local, Sent
-from moebius.torch_frontend.experts import GroupedExperts as Experts
-from moebius.torch_frontend.experts import GroupedExpertsDeepEP as ExpertsDeepEP
-from moebius.torch_frontend.experts import GroupedExpertsTE as ExpertsTE
 from moebius.torch_frontend.experts import WeightedActivation, steps
+from moebius.torch_frontend.grouped_experts import GroupedExperts as Experts
+from moebius.torch_frontend.grouped_experts import GroupedExpertsDeepEP as ExpertsDeepEP
+from moebius.torch_frontend.grouped_experts import GroupedExpertsTE as ExpertsTE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

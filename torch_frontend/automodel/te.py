@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moebius.core import checks
 from moebius.core.errors import ShapeError
 from moebius.torch_frontend.automodel.experts import _Documented, _get_activation, _set_activation
-from moebius.torch_frontend.experts import GroupedExpertsTE as ExpertsTE
+from moebius.torch_frontend.grouped_experts import GroupedExpertsTE as ExpertsTE
 from moebius.torch_frontend.sharding import EP, ep_dimension, local, matching
 
 _PLURAL = {"weight": "weights", "bias": "biases"}

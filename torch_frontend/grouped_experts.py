@@ -1,0 +1,317 @@
+"""Steps 3 to 9: the routed experts as modules, which hold the parameters of `experts` and choose for it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebius.core import layout
+from moebius.core.activations import Activation
+from moebius.core.config import BackendConfig, MoEConfig
+from moebius.core.errors import ConfigError, Unsupported
+from moebius.core.registry import Problem
+from moebius.core.stages import Tap, untapped
+from moebius.torch_frontend.activate import activate
+from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, Local
+from moebius.torch_frontend.dtypes import as_dtype, computed
+from moebius.torch_frontend.experts import WeightedActivation, experts
+from moebius.torch_frontend.matmul import choose
+from moebius.torch_frontend.sharding import ep_dimension, local, mesh_of, shard_experts
+from moebius.torch_frontend.statedict import AllOrNothing
+from moebius.torch_frontend.weights import draw
+
+_ACTIVATIONS = ("expert_activation_grouped", "expert_activation")
+
+
+class _Experts(AllOrNothing):
+    """What the three modules share: the parameters, and the forward pass over a dispatcher."""
+
+    gate_and_up_projs: nn.Parameter
+    down_projs: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self, config: Any, backend: Any, default_backend: str | None, dtype: Any, param_dtype: Any, device: Any
+    ):
+        super().__init__()
+        self.config = MoEConfig.of(config)
+        self.backend = BackendConfig.of(backend)
+        if self.backend.te_fp8 is not None:
+            do = "run the layer inside transformer_engine.pytorch.autocast(recipe=...)"
+            raise Unsupported(f"te_fp8={self.backend.te_fp8!r}", "the experts take FP8 from the autocast alone", do)
+        self.dtype = None if dtype is None else as_dtype(dtype)
+        self.n_routed_experts = self.config.n_routed_experts
+        self.expert_bias = self.config.expert_bias
+        self.is_gated = self.config.activation.gated
+        self.tap: Tap = untapped
+        self._activation: WeightedActivation | None = None
+        self.gate_up_proj_bias = None
+        self.down_proj_bias = None
+        for row in layout.experts(self.config):
+            stored = as_dtype(param_dtype or row.dtype)
+            setattr(self, row.name, nn.Parameter(torch.empty(row.shape, dtype=stored, device=device)))
+        weight = self.gate_and_up_projs
+        # Chosen for the dtype it will most likely see, so that a backend that cannot serve is refused here already.
+        # A module that is built on the CPU may move to a GPU, where there is one.
+        may_move = weight.device.type == "cpu" and torch.cuda.is_available()
+        device = "meta" if may_move else weight.device
+        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device=device)
+        self._backend_asked = self.backend.experts or default_backend
+        self.backend_name = choose(self._backend_asked, rows, weight.shape).name
+        self.init_weights()
+
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
+        parameters = self._parameters_by_name()
+        dispatcher = self._dispatcher(mesh_of(parameters))
+        return experts(
+            {name: local(value) for name, value in parameters.items()},
+            computed(x, self.dtype),
+            token_mask,
+            weights,
+            indices,
+            config=self.config,
+            backend=self._backend_asked,
+            dispatcher=dispatcher,
+            activation=self._activation,
+            double_backward=self.backend.double_backward,
+            check=self.backend.checks == "full",
+            tap=self.tap,
+        )
+
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        """As attributes, which a parametrization or FSDP may compute, not as what is registered."""
+        return {row.name: getattr(self, row.name) for row in layout.experts(self.config)}
+
+    def _dispatcher(self, mesh: Any) -> Dispatcher:
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _ACTIVATIONS and not hasattr(type(self), name):
+            own = next(other for other in _ACTIVATIONS if hasattr(type(self), other))
+            raise ConfigError(f"{type(self).__name__}.{name}", f"its activation is {own}", f"assign {own}")
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # nn.Module would make a child of a module, past the property
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: Any = None, init_std: float = 0.02) -> None:
+        """Draw the weights anew from N(0, init_std), first gate_and_up_projs, then down_projs; biases zero.
+
+        Args:
+            buffer_device: accepted for NeMo Automodel's callers; parameters stay where they are.
+        """
+        for row in layout.experts(self.config):
+            draw(local(getattr(self, row.name)), row, init_std)
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and backend."""
+        c = self.config
+        return (
+            f"{c.n_routed_experts} experts, D={c.expert_dim}, I={c.moe_inter_dim}, {c.expert_activation}, "
+            f"bias={c.expert_bias}, backend={self.backend_name}"
+        )
+
+
+class GroupedExperts(_Experts):
+    """The routed experts as a module: on one rank, or over the ranks of a mesh after `shard_experts`.
+
+    Args:
+        config: MoEConfig, or any object with its attributes.
+        backend: BackendConfig, or any object with its attributes, or None. `experts` names the grouped matmul's
+            backend; None takes the first that supports the problem.
+        dtype: to compute in; None for that of an autocast region, else x's. param_dtype: to store in; None for the
+            config's.
+        device: of the parameters; None for torch's default.
+
+    Attributes:
+        gate_and_up_projs [E, D, U], down_projs [E, I, D]: drawn from N(0, 0.02).
+        gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
+        expert_activation_grouped: assign (hidden [R, U], weights [R, 1]) -> [R, I] to compute that instead of the
+            config's activation.
+        backend_name: the grouped matmul's backend, chosen at construction.
+        tap: see `experts`; `untapped` by default.
+
+    Raises:
+        ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        backend: Any = None,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        device: Any = None,
+    ):
+        super().__init__(config, backend, None, dtype, param_dtype, device)
+        # Also refuses a dispatcher that is not there.
+        self._on_one_rank = _choose_dispatcher(self.backend.dispatcher, self.config, self.gate_and_up_projs, None)
+
+    def _dispatcher(self, mesh: Any) -> Dispatcher:
+        if mesh is None:
+            return self._on_one_rank
+        return _choose_dispatcher(self.backend.dispatcher, self.config, self.gate_and_up_projs, mesh)
+
+    @property
+    def expert_activation_grouped(self) -> WeightedActivation:
+        """What is computed between the projections; see `experts`."""
+        return self._activation or weighted_activation(self.config)
+
+    @expert_activation_grouped.setter
+    def expert_activation_grouped(self, value: WeightedActivation | None) -> None:
+        self._activation = value
+
+
+class _Dispatched(_Experts):
+    """What the two modules share that are given a dispatcher."""
+
+    _default_backend: str | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        backend: Any = None,
+        dispatcher_backend: str = "deepep",
+        dispatcher_num_sms: int = 20,
+        dispatcher_share_token_dispatcher: bool = True,
+        dispatcher_async_dispatch: bool = False,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        device: Any = None,
+    ):
+        super().__init__(config, backend, self._default_backend, dtype, param_dtype, device)
+        self.dispatcher_backend = BackendConfig(dispatcher=dispatcher_backend).dispatcher
+        self.dispatcher_num_sms = dispatcher_num_sms
+        self.dispatcher_share_token_dispatcher = dispatcher_share_token_dispatcher
+        self.dispatcher_async_dispatch = dispatcher_async_dispatch
+        self.ep_size, self.ep_rank = 1, 0
+        self.token_dispatcher: Dispatcher | None = None
+
+    def _shard(self, ep_mesh: Any) -> None:
+        mesh = ep_dimension(ep_mesh)
+        spread = mesh_of(self._parameters_by_name())
+        if spread is not None and spread != mesh:
+            raise ConfigError(f"a dispatcher over {mesh}", f"parameters on {spread}", "pass the parameters' mesh")
+        dispatcher: Dispatcher = Local()
+        if mesh.size() > 1:
+            dispatcher = _choose_dispatcher(self.dispatcher_backend, self.config, self.gate_and_up_projs, mesh)
+            if spread is None:
+                shard_experts(self, mesh)
+        self.ep_size, self.ep_rank, self.token_dispatcher = dispatcher.ranks, dispatcher.rank, dispatcher
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that sends its tokens over the same ranks: a process group cannot be copied."""
+        for shared in (self.token_dispatcher, getattr(self, "moe_mesh", None)):
+            memo[id(shared)] = shared
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _dispatcher(self, mesh: Any) -> Dispatcher:
+        if self.token_dispatcher is not None:
+            return self.token_dispatcher
+        if mesh is not None and mesh.size() > 1:
+            raise ConfigError(
+                f"{type(self).__name__}.forward over {mesh.size()} ranks",
+                "no dispatcher",
+                "call init_token_dispatcher(ep_mesh) first",
+            )
+        return Local()
+
+    @property
+    def expert_activation(self) -> WeightedActivation:
+        """What is computed between the projections; see `experts`."""
+        return self._activation or weighted_activation(self.config)
+
+    @expert_activation.setter
+    def expert_activation(self, value: WeightedActivation | None) -> None:
+        self._activation = value
+
+
+class GroupedExpertsDeepEP(_Dispatched):
+    """The routed experts over the ranks of a mesh, by a dispatcher of their own; complete on one rank without.
+
+    Args:
+        config, backend, dtype, param_dtype, device: as in GroupedExperts.
+        dispatcher_backend: how tokens reach other ranks, one of moebius.core.config.DISPATCHERS.
+        dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of DeepEP.
+
+    Attributes:
+        As in GroupedExperts; the assignable activation is `expert_activation`.
+        token_dispatcher: None before `init_token_dispatcher`. ep_size, ep_rank: 1 and 0 before it.
+
+    Raises:
+        ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
+    """
+
+    def init_token_dispatcher(self, ep_mesh: Any) -> None:
+        """Spread the experts over `ep_mesh`, keeping their values, and build the dispatcher.
+
+        Args:
+            ep_mesh: torch.distributed DeviceMesh of one dimension, or with a dimension "ep". Parameters that are
+                sharded over it already stay.
+        Raises:
+            ConfigError: the mesh does not fit the experts. Unsupported: the dispatcher does not serve so many ranks.
+        """
+        self._shard(ep_mesh)
+
+
+class GroupedExpertsTE(_Dispatched):
+    """GroupedExpertsDeepEP with Transformer Engine's grouped matmul; one layout of parameters, as everywhere.
+
+    `backend.experts` None means "te". Under Transformer Engine's autocast the matmuls run in its FP8 recipe; with
+    activation checkpointing open it inside the checkpointed function, so that the recomputation sees it too.
+
+    Args, Attributes, Raises: as in GroupedExpertsDeepEP.
+    """
+
+    _default_backend = "te"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.moe_mesh: Any = None
+
+    def init_token_dispatcher(self, ep_mesh: Any, moe_mesh: Any = None) -> None:
+        """As GroupedExpertsDeepEP.init_token_dispatcher; `moe_mesh` as in `set_moe_mesh`."""
+        self._shard(ep_mesh)
+        self.set_moe_mesh(moe_mesh)
+
+    def set_moe_mesh(self, moe_mesh: Any) -> None:
+        """Keep the mesh (dimensions "ep", "ep_shard", "ep_replicate") for callers that read it; None for none.
+
+        The parameters are DTensors of their own meshes, so no state dict needs it.
+        """
+        self.moe_mesh = moe_mesh
+
+
+def weighted_activation(config: MoEConfig) -> WeightedActivation:
+    """The config's activation as (hidden [R, U], weights [R, 1]) -> [R, I]."""
+    return functools.partial(_weighted, of=config.activation)  # which, unlike a closure, can be pickled
+
+
+def _weighted(hidden_RU: Tensor, weights_R1: Tensor, of: Activation) -> Tensor:
+    return activate(hidden_RU, weights_R1[:, 0], of)
+
+
+def _choose_dispatcher(name: str | None, config: MoEConfig, weight: Tensor, mesh: Any) -> Dispatcher:
+    ranks = 1 if mesh is None else mesh.size()
+    problem = Problem(
+        device=weight.device.type,
+        dtype=str(weight.dtype)[6:],
+        dim=config.expert_dim,
+        inter_dim=config.moe_inter_dim,
+        n_experts=config.n_routed_experts // ranks,
+        ranks=ranks,
+    )
+    chosen = DISPATCHERS.choose("allgather" if name == "torch" else name, problem)
+    dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(None if ranks == 1 else mesh.get_group())
+    return dispatcher
