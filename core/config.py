@@ -25,6 +25,8 @@ SHARED_EXPERT_ACTIVATIONS = ("swiglu", "relu2")
 # Every backend name that either frontend knows, and the original's names for two of them.
 EXPERT_BACKENDS = ("loop", "grouped_mm", "gmm", "te", "triton", "ragged_dot", "tokamax", "torch_mm_mxfp8")
 EXPERT_BACKEND_ALIASES = {"torch": "loop", "torch_mm": "grouped_mm"}
+STEP_BACKENDS = ("te",)  # of permute and route, beside moebius' own
+REMATS = ("none", "act", "full")
 LINEAR_BACKENDS = ("torch", "te", "quack")
 DISPATCHERS = (
     "local",
@@ -275,8 +277,11 @@ class BackendConfig(_FromAttributes):
         te_fp8: Transformer Engine's FP8 recipe; needs experts or linear "te".
         checks: "full" also checks values (non-finite weights, ids out of range), at the price of reading them;
             None for the environment's MOEBIUS_CHECKS, else "off".
-        double_backward: keep each step of the experts in the autograd graph, so that gradients have gradients, at the
-            price of memory. PyTorch alone; by default the experts are one operator, differentiable once.
+        double_backward: keep each step of the experts in the graph, so that gradients have gradients (in Flax forward
+            mode too), at the price of memory; by default the experts are one operator, differentiable once.
+        remat: what the experts' backward pass computes again, one of REMATS: "none" keeps the activation's output too,
+            "act" x, the pre-activation and the routing, "full" x and the routing alone. PyTorch has "act" alone.
+        permute, route: backends of these steps, one of STEP_BACKENDS; None for moebius' own. Flax alone.
         enable_fsdp_optimizations: kept for the original's configs; has no effect here.
 
     Raises:
@@ -295,6 +300,9 @@ class BackendConfig(_FromAttributes):
     te_fp8: Any = None
     checks: Literal["off", "full"] | None = None
     double_backward: bool = False
+    remat: str = "act"
+    permute: str | None = None
+    route: str | None = None
     enable_fsdp_optimizations: bool = False
 
     def __post_init__(self) -> None:
@@ -308,6 +316,10 @@ class BackendConfig(_FromAttributes):
             _one_of("linear", self.linear, LINEAR_BACKENDS)
         if self.dispatcher is not None:
             _one_of("dispatcher", self.dispatcher, DISPATCHERS)
+        _one_of("remat", self.remat, REMATS)
+        for name in ("permute", "route"):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), STEP_BACKENDS)
         if self.checks is None:
             object.__setattr__(self, "checks", checks.environment())
         _one_of("checks", self.checks, checks.MODES)
