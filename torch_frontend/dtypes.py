@@ -39,14 +39,11 @@ def computed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def autocast(device: str) -> bool:
-    """Whether an autocast region is open for devices of this kind; never for those that have none, as meta."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    """Whether an autocast region is open for devices of this kind; never for meta, which has none.
 
-
-@torch.compiler.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    """Whether devices of this kind can autocast. Asked outside of a graph, as torch 2.11 cannot trace it."""
-    return torch.amp.is_autocast_available(device)
+    torch 2.11 cannot trace torch.amp.is_autocast_available, so this does not ask.
+    """
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
