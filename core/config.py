@@ -25,7 +25,7 @@ SHARED_EXPERT_ACTIVATIONS = ("swiglu", "relu2")
 # Every backend name that either frontend knows, and the original's names for two of them.
 EXPERT_BACKENDS = ("loop", "grouped_mm", "gmm", "te", "triton", "ragged_dot", "tokamax", "torch_mm_mxfp8")
 EXPERT_BACKEND_ALIASES = {"torch": "loop", "torch_mm": "grouped_mm"}
-STEP_BACKENDS = ("te",)  # of permute and route, beside moebius' own
+STEP_BACKENDS = ("xla", "te")  # of permute and route; "xla" is moebius' own
 REMATS = ("none", "act", "full")
 LINEAR_BACKENDS = ("torch", "te", "quack")
 DISPATCHERS = (
@@ -281,7 +281,8 @@ class BackendConfig(_FromAttributes):
             mode too), at the price of memory; by default the experts are one operator, differentiable once.
         remat: what the experts' backward pass computes again, one of REMATS: "none" keeps the activation's output too,
             "act" x, the pre-activation and the routing, "full" x and the routing alone. PyTorch has "act" alone.
-        permute, route: backends of these steps, one of STEP_BACKENDS; None for moebius' own. Flax alone.
+        permute, route: backends of these steps, one of STEP_BACKENDS; None for moebius' own. Flax alone. With "te" they
+            have reverse mode alone, and with permute="te" every step of the experts is kept.
         enable_fsdp_optimizations: kept for the original's configs; has no effect here.
 
     Raises:
@@ -320,6 +321,7 @@ class BackendConfig(_FromAttributes):
         for name in ("permute", "route"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), STEP_BACKENDS)
+        self._check_derivatives()
         if self.checks is None:
             object.__setattr__(self, "checks", checks.environment())
         _one_of("checks", self.checks, checks.MODES)
@@ -331,6 +333,16 @@ class BackendConfig(_FromAttributes):
                 f"experts={self.experts!r}, linear={self.linear!r}",
                 "set experts='te' or linear='te', or leave te_fp8 out",
             )
+
+    def _check_derivatives(self) -> None:
+        named = [f"{name}='te'" for name in ("permute", "route") if getattr(self, name) == "te"]
+        if self.double_backward and named:
+            asked = f"double_backward=True with {', '.join(named)}"
+            raise ConfigError(asked, "Transformer Engine's steps have gradients once", "leave one of them out")
+        if self.remat != "act" and (self.double_backward or self.permute == "te"):
+            other = "double_backward=True" if self.double_backward else "permute='te'"
+            asked = f"remat={self.remat!r} with {other}"
+            raise ConfigError(asked, f"{other} keeps every step of the experts", "leave one of them out")
 
     def require_own_linear(self) -> None:
         """Refuse a `linear` or `te_fp8` that only Transformer Engine or QuACK could serve.

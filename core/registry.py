@@ -66,6 +66,7 @@ class Backend:
         only_when_named: never chosen by default.
         reads_host: fetches device values to the host in each call.
         note: one line for the table of `explain`.
+        says: what the loaded backend says of how it computes here, in words, for `moebius doctor`; None for nothing.
     """
 
     operation: str
@@ -77,6 +78,7 @@ class Backend:
     only_when_named: bool = False
     reads_host: bool = False
     note: str = ""
+    says: Callable[[], str] | None = None
 
     def missing(self) -> str | None:
         """Which of its packages are not installed, in words; None where all are."""

@@ -44,6 +44,7 @@ class _Experts(AllOrNothing):
         if self.backend.te_fp8 is not None:
             do = "run the layer inside transformer_engine.pytorch.autocast(recipe=...)"
             raise Unsupported(f"te_fp8={self.backend.te_fp8!r}", "the experts take FP8 from the autocast alone", do)
+        _require_own_steps(self.backend)
         self.dtype = None if dtype is None else as_dtype(dtype)
         self.n_routed_experts = self.config.n_routed_experts
         self.expert_bias = self.config.expert_bias
@@ -291,6 +292,21 @@ class GroupedExpertsTE(_Dispatched):
         The parameters are DTensors of their own meshes, so no state dict needs it.
         """
         self.moe_mesh = moe_mesh
+
+
+def _require_own_steps(backend: BackendConfig) -> None:
+    """Refuse the settings that only Flax has."""
+    if backend.remat != "act":
+        found = "in PyTorch the experts keep x, the pre-activation and the routing, neither less nor more"
+        do = (
+            "leave it out; torch.utils.checkpoint computes the whole layer again, double_backward=True keeps every step"
+        )
+        raise Unsupported(f"remat={backend.remat!r}", found, do)
+    for name in ("permute", "route"):
+        asked = getattr(backend, name)
+        if asked is not None:
+            found = "in PyTorch this step is moebius' own alone"
+            raise Unsupported(f"{name}={asked!r}", found, "leave it out")
 
 
 def weighted_activation(config: MoEConfig) -> WeightedActivation:

@@ -340,6 +340,10 @@ def test_backend_config_with_a_name_of_the_original_means_ours(name, meant):
         ({"fake_gate_noise": float("nan")}, "fake_gate_noise=nan", "outside"),
         ({"gate_precision": "int8"}, "int8", "float32"),
         ({"te_fp8": "block", "experts": "loop"}, "te_fp8", "'loop'"),
+        ({"permute": "loop"}, "permute='loop'", "te"),
+        ({"remat": "full", "double_backward": True}, "remat='full' with double_backward=True", "every step"),
+        ({"remat": "none", "permute": "te"}, "remat='none' with permute='te'", "every step"),
+        ({"double_backward": True, "permute": "te", "route": "te"}, "permute='te', route='te'", "once"),
     ],
     ids=str,
 )
