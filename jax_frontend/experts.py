@@ -8,17 +8,35 @@ import jax.numpy as jnp
 from jax import Array
 
 from moebius.core import checks, layout
-from moebius.core.config import MoEConfig
+from moebius.core.config import REMATS, MoEConfig
+from moebius.core.errors import ConfigError
 from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.checks import check_arrays, check_devices, check_values
 from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
+from moebius.jax_frontend.lean import lean
 from moebius.jax_frontend.matmul import grouped_matmul
 from moebius.jax_frontend.permute import permute, unpermute
 
 # (pre-activation [R, U], routing weights [R, 1]) -> [R, I], the product with the weights included.
 WeightedActivation = Callable[[Array, Array], Array]
+
+
+def _check_remat(
+    remat: str, activation: WeightedActivation | None, double_backward: bool, permute_backend: str | None
+) -> None:
+    if remat not in REMATS:
+        raise ConfigError(f"remat={remat!r}", f"the choices {REMATS}", "name one of them")
+    one_by_one = {
+        "double_backward=True": double_backward,
+        "an activation of one's own": activation is not None,
+        f"permute_backend={permute_backend!r}": permute_backend is not None,
+    }
+    for cause, holds in one_by_one.items():
+        if holds and remat != "act":
+            do = "leave remat out, or wrap the layer in jax.checkpoint"
+            raise ConfigError(f"remat={remat!r} with {cause}", "every step is kept then", do)
 
 
 def experts(
@@ -33,6 +51,8 @@ def experts(
     dispatcher: Dispatcher | None = None,
     activation: WeightedActivation | None = None,
     double_backward: bool = False,
+    remat: str = "act",
+    permute_backend: str | None = None,
     check: bool = False,
     tap: Tap = untapped,
 ) -> Array:
@@ -49,15 +69,23 @@ def experts(
         config: what to compute. backend: of the grouped matmul, None to choose. dispatcher: None for one rank.
         activation: computed in place of the config's: (hidden [R, U], weights [R, 1]) -> [R, I], the product with
             the weights included; ones where the config weights after the down projection. None for the config's.
-        double_backward: PyTorch's switch; here gradients have gradients always.
+        double_backward: gradients have gradients, and forward mode works, at the price of memory; by default the
+            experts are one rule, differentiable once and in reverse mode.
+        remat: what that rule's backward pass computes again: "none" keeps the pre-activation and its activation, "act"
+            the pre-activation, "full" neither. lean.py says by which names a policy of jax.checkpoint keeps them.
+        permute_backend: of permute and unpermute, None or "xla" for moebius' own; with "te" the steps run one by one.
         check: look at the values too, as MOEBIUS_CHECKS=full does.
         tap: called as tap(name, value) at the stages "rows" to "combine" of moebius.core.stages; returns the value
-            to go on with.
+            to go on with. With one the steps run one by one, whatever `remat` says.
     Returns:
         [T, D], dtype of x.
     Raises:
         ShapeError, DTypeError: an input does not fit. ConfigError, BackendUnavailable, Unsupported: see Registry.
+        ConfigError: an unknown remat, or one where the steps run one by one. Unsupported: a derivative that only
+            double_backward has.
     """
+    permute_backend = None if permute_backend == "xla" else permute_backend
+    _check_remat(remat, activation, double_backward, permute_backend)
     check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
     dispatcher = dispatcher or Local()
     checks.tokens(x, config.expert_dim)
@@ -71,7 +99,10 @@ def experts(
 
     sent, dispatched = dispatcher.dispatch(x, weights, indices, token_mask, config.n_routed_experts)
     partial = dispatcher.ranks > 1
-    y_SD = steps(p, sent, config, backend, partial, activation, tap)
+    if activation is None and not double_backward and tap is untapped and permute_backend is None:
+        y_SD = lean(p, sent, config, backend, partial, remat)
+    else:
+        y_SD = steps(p, sent, config, backend, partial, activation, tap, permute_backend)
     return tap("combine", dispatcher.combine(y_SD, dispatched))
 
 
@@ -83,9 +114,12 @@ def steps(
     partial: bool = False,
     activation: WeightedActivation | None = None,
     tap: Tap = untapped,
+    permute_backend: str | None = None,
 ) -> Array:
     """Steps 4 to 8, one after the other: [S, D], each token's rows summed, promoted where `partial`; see `experts`."""
-    rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(sent, p["down_projs"].shape[0])
+    rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(
+        sent, p["down_projs"].shape[0], backend=permute_backend
+    )
     rows_RD = tap("rows", rows_RD)
     before_R, after_R = (None, row_weights_R) if config.apply_router_weight_after_down else (row_weights_R, None)
     hidden_RU = grouped_matmul(rows_RD, p["gate_and_up_projs"], group_sizes_e, backend=backend)

@@ -1,7 +1,8 @@
 """Steps 5 and 7: one matrix per expert; and the plain dense projection.
 
-Every backend is a pair of kernels, `product` and `weight_gradient`, behind one pair of functions that are each other's
-derivatives. So grad, grad of grad and jit work the same for every backend.
+Every backend is a pair of kernels, `product` and `weight_gradient`, behind one pair of operators that are each other's
+derivatives. So forward mode, reverse mode, every order and mix of them, jit, vmap and shard_map work the same for every
+backend.
 
 Every product asks for precision "highest": float32 then means float32 also on a GPU, where JAX's default is TF32 and
 PyTorch's is not. For 16-bit operands it changes nothing.
@@ -10,32 +11,43 @@ PyTorch's is not. For 16-bit operands it changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import cache, lru_cache, partial
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax import Array, lax
+from jax.extend.backend import get_default_device
+from jax.extend.core import Primitive
 
 from moebius.core import checks
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.jax_frontend.checks import check_group_sizes
-from moebius.jax_frontend.dtypes import accumulate_dtype
+from moebius.jax_frontend.operators import bilinear, call, contract
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_WITH = "+"  # between a backend's name and what the caller's context asks of it
+
 
 class Kernels(NamedTuple):
-    """One backend of the grouped matmul.
+    """One backend of the grouped matmul, for at least one row and one expert.
+
+    Functions of their arguments alone, which JAX can trace: a trace is kept for the next call of the same shapes, and
+    lowered later than it is made, so that a context in force at the call may be gone.
 
     Attributes:
         product: (rows [R, D], weight [e, D, F], group_sizes [e], transposed) -> [R, F]; rows past the end zero.
             `transposed`: weight is [e, F, D]; a flag, because XLA would copy all of weight.mT before the first block.
         weight_gradient: (rows [R, D], dout [R, F], group_sizes [e]) -> [e, D, F]; empty experts zero.
+        devices: whether they can only be lowered for devices that are present; see operators.bilinear.
     """
 
     product: Callable[[Array, Array, Array, bool], Array]
     weight_gradient: Callable[[Array, Array, Array], Array]
+    devices: bool = False
 
 
 def grouped_matmul(
@@ -64,7 +76,7 @@ def grouped_matmul(
     checks.grouped_matmul(rows_RD, weight_eDF, group_sizes_e)
     check_group_sizes(group_sizes_e, rows_RD.shape[0])
     name = choose(backend, rows_RD, weight_eDF.shape).name
-    return _product(name, False, *_alike(rows_RD, weight_eDF, group_sizes_e))
+    return product(name, rows_RD, weight_eDF, group_sizes_e)
 
 
 def linear(x: Array, weight_FD: Float[Array, "F D"], bias_F: Float[Array, " F"] | None = None) -> Array:
@@ -73,15 +85,20 @@ def linear(x: Array, weight_FD: Float[Array, "F D"], bias_F: Float[Array, " F"] 
     Args:
         x: [..., D]. weight_FD: [F, D]. bias_F: [F] or None.
     """
-    out = _project(*_alike(x, weight_FD.astype(x.dtype)))
+    leading = ascii_lowercase[: x.ndim - 1]
+    out = contract(x, weight_FD.astype(x.dtype), (leading + "D", "FD", leading + "F"))
     if bias_F is not None:
         out = out + bias_F.astype(x.dtype).astype(out.dtype)
     return out.astype(x.dtype)
 
 
 def choose(backend: str | None, rows: Array, weight_shape: Any) -> Backend:
-    """The registry row that serves `rows` against a weight of shape [e, D, F]; see Registry.choose."""
-    return _choose(backend, *device_of(rows), str(rows.dtype), tuple(weight_shape))
+    """The registry row that serves `rows` against a weight of shape [e, D, F]; see Registry.choose.
+
+    Inside of Transformer Engine's autocast its name is "te" with the recipe, which `product` understands.
+    """
+    found = _choose(backend, *device_of(rows), str(rows.dtype), tuple(weight_shape))
+    return replace(found, name=_in_context(found.name)) if found.name == "te" else found
 
 
 @lru_cache(maxsize=4096)
@@ -95,102 +112,105 @@ def _choose(
 
 
 def device_of(rows: Any) -> tuple[str, tuple[int, int] | None]:
-    """Kind and compute capability of the device of `rows`; while tracing, of JAX's default device."""
+    """Kind and compute capability of the device of `rows`; while tracing, of the mesh in force, else JAX's default's.
+
+    What is traced says nothing of where its arguments lie: where jit is to run on a CPU beside a GPU by its arguments
+    alone, set jax.default_device, or name the backend.
+    """
     traced = isinstance(rows, jax.core.Tracer) or not isinstance(rows, Array)
-    device = jax.devices()[0] if traced else next(iter(rows.devices()))
+    device = _device_while_tracing() if traced else next(iter(rows.devices()))
     if device.platform != "gpu":
         return device.platform, None
-    major, minor = str(device.compute_capability).split(".")
-    return "cuda", (int(major), int(minor))
+    major, _, minor = str(device.compute_capability).partition(".")
+    return ("cuda", (int(major), int(minor))) if minor else ("rocm", None)  # AMD's is a name, such as "gfx942"
 
 
-def _alike(*arrays: Array) -> list[Array]:
-    """Inside shard_map: arrays that vary over the same mesh axes; elsewhere the arrays as they are.
-
-    A derivative rule must return each gradient as its argument varies. Made alike before the rule, a replicated
-    weight gets the sum of its gradients from the transpose of this step.
-    """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    axes: frozenset[Any] = frozenset().union(*varying)
-    return [
-        lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
-        for array, own in zip(arrays, varying, strict=True)
-    ]
+def _device_while_tracing() -> Any:
+    device, mesh = get_default_device(), jax.sharding.get_abstract_mesh()
+    here = None if mesh.empty else mesh.abstract_device
+    if here is None or here.platform == device.platform:
+        return device
+    return jax.local_devices(backend=here.platform)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(backend: str, transposed: bool, rows: Array, weight: Array, group_sizes: Array) -> Array:
+def product(backend_name: str, rows: Array, weight: Array, group_sizes: Array, transposed: bool = False) -> Array:
+    """[R, F], differentiable in rows and weight in every mode; see Kernels.product."""
+    operator, _ = _operators(_kernels(backend_name).devices)
+    return call(operator, rows, weight, group_sizes, backend=backend_name, transposed=transposed)
+
+
+def weight_gradient(backend_name: str, rows: Array, dout: Array, group_sizes: Array) -> Array:
+    """[e, D, F], differentiable in rows and dout in every mode; see Kernels.weight_gradient."""
+    _, operator = _operators(_kernels(backend_name).devices)
+    return call(operator, rows, dout, group_sizes, backend=backend_name)
+
+
+def _run_product(rows: Array, weight: Array, group_sizes: Array, *, backend: str, transposed: bool) -> Array:
     if 0 in (rows.shape[0], weight.shape[0]):
         return lax.full_like(rows, 0, shape=(rows.shape[0], weight.shape[1 if transposed else 2]))
     return _kernels(backend).product(rows, weight, group_sizes, transposed)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weight_gradient(backend: str, rows: Array, dout: Array, group_sizes: Array) -> Array:
+def _product_drows(dout: Array, weight: Array, group_sizes: Array, *, backend: str, transposed: bool) -> Array:
+    return product(backend, dout, weight, group_sizes, not transposed)
+
+
+def _product_dweight(dout: Array, rows: Array, group_sizes: Array, *, backend: str, transposed: bool) -> Array:
+    pair = (dout, rows) if transposed else (rows, dout)
+    return weight_gradient(backend, *pair, group_sizes)
+
+
+def _run_weight_gradient(rows: Array, dout: Array, group_sizes: Array, *, backend: str) -> Array:
     if 0 in (rows.shape[0], group_sizes.shape[0]):
         return lax.full_like(rows, 0, shape=(group_sizes.shape[0], rows.shape[1], dout.shape[1]))
     return _kernels(backend).weight_gradient(rows, dout, group_sizes)
 
 
-Saved = tuple[Array, Array, Array]
+def _weight_gradient_drows(dweight: Array, dout: Array, group_sizes: Array, *, backend: str) -> Array:
+    return product(backend, dout, dweight, group_sizes, True)
 
 
-def _product_forward(backend: str, transposed: bool, *arrays: Array) -> tuple[Array, Any]:
-    return _product(backend, transposed, *arrays), arrays
+def _weight_gradient_ddout(dweight: Array, rows: Array, group_sizes: Array, *, backend: str) -> Array:
+    return product(backend, rows, dweight, group_sizes)
 
 
-def _product_backward(backend: str, transposed: bool, saved: Saved, dout: Array) -> tuple[Array, Array, None]:
-    rows, weight, group_sizes = saved
-    drows = _product(backend, not transposed, dout, weight, group_sizes)
-    pair = (dout, rows) if transposed else (rows, dout)
-    return drows, _weight_gradient(backend, *pair, group_sizes), None
-
-
-def _weight_gradient_forward(backend: str, *arrays: Array) -> tuple[Array, Any]:
-    return _weight_gradient(backend, *arrays), arrays
-
-
-def _weight_gradient_backward(backend: str, saved: Saved, dweight: Array) -> tuple[Array, Array, None]:
-    rows, dout, group_sizes = saved
-    drows = _product(backend, True, dout, dweight, group_sizes)
-    return drows, _product(backend, False, rows, dweight, group_sizes), None
-
-
-_product.defvjp(_product_forward, _product_backward)
-_weight_gradient.defvjp(_weight_gradient_forward, _weight_gradient_backward)
-
-
-# A rule of our own, because JAX's would multiply float32 gradients by 16-bit operands, which a GPU does in float32.
-@jax.custom_vjp
-def _project(x: Array, weight: Array) -> Array:
-    """x @ weight^T, not yet rounded."""
-    return _dot(x, weight, (x.ndim - 1, 1))
-
-
-def _project_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _project(x, weight), (x, weight)
-
-
-def _project_backward(saved: tuple[Array, Array], dout: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    dout = dout.astype(x.dtype)
-    dx = _dot(dout, weight, (x.ndim - 1, 0)).astype(x.dtype)
-    dout_TF, x_TD = dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
-    return dx, _dot(dout_TF, x_TD, (0, 0)).astype(weight.dtype)
-
-
-_project.defvjp(_project_forward, _project_backward)
-
-
-def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    accumulate = accumulate_dtype(a.dtype)
-    return lax.dot_general(a, b, dimensions, precision="highest", preferred_element_type=accumulate)
+@cache
+def _operators(devices: bool) -> tuple[Primitive, Primitive]:
+    """(product, weight_gradient), one pair for the kernels that need devices and one for the others."""
+    of_product, of_weights = (_product_drows, _product_dweight), (_weight_gradient_drows, _weight_gradient_ddout)
+    operator = partial(bilinear, others=1, devices=devices)
+    return (
+        operator("grouped_product", _run_product, of_product, static=("backend", "transposed")),
+        operator("grouped_weight_gradient", _run_weight_gradient, of_weights, static=("backend",)),
+    )
 
 
 def _kernels(backend: str) -> Kernels:
-    kernels: Kernels = BACKENDS.implementation(BACKENDS[backend])
-    return kernels
+    name, _, recipe = backend.partition(_WITH)
+    kernels: Kernels = BACKENDS.implementation(BACKENDS[name])
+    return _quantised(recipe) if recipe else kernels
+
+
+def _in_context(name: str) -> str:
+    from moebius.jax_frontend import matmul_te_fp8
+
+    recipe = matmul_te_fp8.asked()
+    return f"{name}{_WITH}{recipe}" if recipe else name
+
+
+def _quantised(recipe: str) -> Kernels:
+    from moebius.jax_frontend import matmul_te_fp8 as backend
+
+    how = backend.recipe_of(recipe)
+    kernels = partial(backend.product, recipe=how), partial(backend.weight_gradient, recipe=how)
+    return Kernels(*kernels, devices=True)
+
+
+def _load_tokamax() -> Kernels:
+    from moebius.jax_frontend import matmul_tokamax as backend
+
+    backend.load()
+    return Kernels(backend.product, backend.weight_gradient)
 
 
 def _load_loop() -> Kernels:
@@ -205,7 +225,55 @@ def _load_ragged_dot() -> Kernels:
     return Kernels(backend.product, backend.weight_gradient)
 
 
+def _load_te() -> Kernels:
+    from moebius.jax_frontend import matmul_te as backend
+
+    backend.load()
+    return Kernels(backend.product, backend.weight_gradient, devices=True)
+
+
+def _te_says() -> str:
+    from moebius.jax_frontend.matmul_te import described
+
+    return described()
+
+
+def _te_supports(problem: Problem) -> str | None:
+    if problem.dtype == "float64":
+        return "Transformer Engine has no float64"
+    if problem.dtype == "float32":
+        return "Transformer Engine multiplies float32 in TF32, with 10 bits, and moebius asks JAX for all of them"
+    if problem.dim % 8 or problem.inter_dim % 8:
+        widths = f"D={problem.dim}, I={problem.inter_dim}"
+        return f"cuBLAS's grouped GEMM takes rows of a multiple of 16 bytes, which is 8 numbers, not {widths}"
+    return _cuda("Transformer Engine", problem, (8, 0))
+
+
+def _tokamax_supports(problem: Problem) -> str | None:
+    if problem.dtype == "float64":
+        return "tokamax's kernels have no float64"
+    return _cuda("tokamax", problem, (8, 0))
+
+
+def _cuda(what: str, problem: Problem, least: tuple[int, int]) -> str | None:
+    """Why a package for CUDA does not serve."""
+    if problem.device != "cuda":
+        return f"{what} computes on CUDA, not on {problem.device}"
+    if problem.capability is not None and problem.capability < least:
+        wanted, found = (".".join(map(str, pair)) for pair in (least, problem.capability))
+        return f"{what} needs CUDA compute capability {wanted}, not {found}"
+    return None
+
+
 BACKENDS = Registry("moebius.jax_frontend", "grouped_matmul")
+BACKENDS.add(
+    name="tokamax",
+    load=_load_tokamax,
+    needs=("tokamax", "jax_triton", "triton"),
+    install="pip install 'tokamax>=0.0.17' 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later",
+    supports=_tokamax_supports,
+    note="tokamax's kernels: on Hopper Mosaic's for the products; Triton's for the weights' gradient and elsewhere",
+)
 BACKENDS.add(name="loop", load=_load_loop, note="blocks of rows, one expert each; any dtype, cost follows the rows")
 BACKENDS.add(
     name="ragged_dot",
@@ -213,4 +281,15 @@ BACKENDS.add(
     only_when_named=True,
     note="jax.lax.ragged_dot: every row times every expert on a CPU; NaN in one expert's matrix reaches every row",
 )
-BACKENDS.add_unbuilt("tokamax", "te", "triton")
+BACKENDS.add(
+    name="te",
+    load=_load_te,
+    needs=("transformer_engine",),
+    install="pip install --no-build-isolation 'transformer-engine[jax]>=2.20.2'",
+    supports=_te_supports,
+    only_when_named=True,
+    reads_host=True,
+    note="Transformer Engine's grouped GEMM; FP8 inside its autocast; reads sizes on the host before cuBLAS 13.8.1",
+    says=_te_says,
+)
+BACKENDS.add_unbuilt("triton")

@@ -42,7 +42,8 @@ def trace(layer: MoE, x_TD: Float[Array, "T D"], dy_TD: Float[Array, "T D"] | No
     """Every stage of a pass through `layer` and, with an upstream gradient, every gradient; one jit.
 
     The layer runs as it would without, in its own mode, and is left as it was: no recorded load, its own `tap` out of
-    the way. On a CPU its output is that of the layer under jit, bit for bit. A gradient of "weights" is what the
+    the way. On a CPU its output is that of the layer under jit, bit for bit, and so are its gradients where
+    `double_backward` is set; else the layer sums some of them in another order. A gradient of "weights" is what the
     experts send back; the auxiliary loss adds to it inside the gate.
 
     Args:

@@ -1,4 +1,10 @@
-"""Several devices. JAX fixes their number when it starts, so each test is an interpreter of its own."""
+"""Which device a computation runs on; and several. JAX fixes their number when it starts: interpreters of their own."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moebius.jax_frontend import matmul
 
 PREAMBLE = """
 import jax, jax.numpy as jnp, numpy as np
@@ -55,3 +61,35 @@ def test_moe_inside_shard_map_has_the_gradients_of_the_whole_with_and_without_ch
 
 def test_arrays_committed_to_different_devices_are_named(run_alone):
     run_alone(PREAMBLE + MIXED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+class Device:
+    """What JAX would say of a device that is not here."""
+
+    def __init__(self, platform, capability=None):
+        self.platform, self.compute_capability = platform, capability
+
+
+@pytest.mark.parametrize(
+    "device, wanted",
+    [
+        (Device("gpu", "9.0"), ("cuda", (9, 0))),
+        (Device("gpu", "gfx942"), ("rocm", None)),
+        (Device("tpu"), ("tpu", None)),
+    ],
+    ids=["nvidia", "amd", "tpu"],
+)
+def test_device_of_something_traced_is_that_of_jax_default_device(monkeypatch, device, wanted):
+    monkeypatch.setattr(matmul, "get_default_device", lambda: device)
+    seen = []
+    jax.make_jaxpr(lambda x: seen.append(matmul.device_of(x)) or x)(jnp.ones(2))
+    assert seen == [wanted]
+    assert matmul.device_of(jnp.ones(2)) == ("cpu", None)
+
+
+def test_device_of_something_traced_under_a_mesh_is_that_of_the_mesh(monkeypatch):
+    monkeypatch.setattr(matmul, "get_default_device", lambda: Device("gpu", "9.0"))
+    seen = []
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        jax.make_jaxpr(lambda x: seen.append(matmul.device_of(x)) or x)(jnp.ones(2))
+    assert seen == [("cpu", None)]

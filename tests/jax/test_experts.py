@@ -112,7 +112,7 @@ def test_experts_with_float32_parameters_and_bfloat16_tokens_give_float32_gradie
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before_down", "after_down"])
-def test_experts_first_and_second_derivatives_in_float64(after):
+def test_experts_of_double_backward_have_first_and_second_derivatives_in_every_mode(after):
     config = MoEConfig(
         n_routed_experts=3,
         n_activated_experts=2,
@@ -131,9 +131,21 @@ def test_experts_first_and_second_derivatives_in_float64(after):
 
         @jax.jit
         def run(parameters, x, weights):
-            return experts(parameters, x, mask, weights, ids, config=config, backend="loop")
+            return experts(parameters, x, mask, weights, ids, config=config, backend="loop", double_backward=True)
 
-        check_grads(run, (parameters, x, weights), order=2, modes=["rev"], rtol=1e-5, atol=1e-5)
+        check_grads(run, (parameters, x, weights), order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-5)
+
+
+def test_experts_first_derivatives_in_float64():
+    settings = {"dim": 3, "moe_inter_dim": 2, "dtype": "float64", "expert_bias": True}
+    config = MoEConfig(n_routed_experts=3, n_activated_experts=2, apply_router_weight_after_down=True, **settings)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        parameters = {row.name: jnp.asarray(rng.normal(size=row.shape)) for row in layout.experts(config)}
+        x, weights = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.random((4, 2)))
+        ids, mask = jnp.asarray([[0, 2], [2, 2], [-1, 0], [0, 3]], jnp.int32), jnp.ones(4, bool)
+        run = jax.jit(lambda parameters, x, weights: experts(parameters, x, mask, weights, ids, config=config))
+        check_grads(run, (parameters, x, weights), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
 def test_experts_take_numpy_arrays(layer):

@@ -1,0 +1,169 @@
+"""Operators that are linear in each of two operands, with rules of our own for their gradients, as JAX primitives.
+
+jax.custom_vjp says the same in fewer words, but forward mode (jvp, linearize, jacfwd, hessian) is closed to it, and it
+cannot leave out the gradient that nobody asked for. A primitive is differentiated in every mode and order; what it
+computes stays opaque to transformations until it is lowered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from string import ascii_letters
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from moebius.jax_frontend.dtypes import accumulate_dtype
+
+# (operands, their mapped axes or None, params) -> (result, its mapped axis), as JAX asks of a rule for vmap.
+Batched = Callable[..., tuple[Array, int]]
+# One letter for each axis of the first operand, of the second and of the result.
+Axes = tuple[str, str, str]
+
+
+def bilinear(
+    name: str,
+    compute: Callable[..., Array],
+    gradients: tuple[Callable[..., Array], Callable[..., Array]],
+    *,
+    static: Sequence[str],
+    others: int = 0,
+    batched: Batched | None = None,
+    devices: bool = False,
+) -> Primitive:
+    """A primitive that is linear in its first operand and in its second; see `call`.
+
+    Args:
+        name: as it stands in a jaxpr.
+        compute: (first, second, *others, **params) -> result. Any function that JAX can trace; compiled at eager
+            calls, and traced for its result's type.
+        gradients: of the first operand, (dout, second, *others, **params), and of the second, (dout, first, *others,
+            **params); each made of `call`s again, so that they have derivatives too.
+        static: names of the params.
+        others: operands without a gradient.
+        batched: how it maps, by default one element of the batch after the other.
+        devices: whether `compute` can only be lowered for devices that are present, as JAX's custom_partitioning.
+    """
+    operator, compiled = Primitive(name), jax.jit(compute, static_argnames=tuple(static))
+    operator.def_impl(compiled)
+    # Traced, not declared: mesh axes that the result varies over and its sharding are those of what computes it.
+    operator.def_abstract_eval(lambda *types, **params: _result(compiled, types, params))
+    mlir.register_lowering(operator, mlir.lower_fun(compiled, multiple_results=False))
+    if devices:
+        # No public name says it, and JAX, which cannot look inside the operator, would lower it without.
+        from jax._src.dispatch import prim_requires_devices_during_lowering
+
+        prim_requires_devices_during_lowering.add(operator)
+    ad.defjvp(
+        operator,
+        lambda tangent, first, second, *rest, **params: call(operator, tangent, second, *rest, **params),
+        lambda tangent, first, second, *rest, **params: call(operator, first, tangent, *rest, **params),
+        *[None] * others,
+    )
+
+    def transpose(dout: Any, first: Any, second: Any, *rest: Array, **params: Any) -> list[Array | None]:
+        found: list[Array | None] = [None] * (2 + others)
+        if type(dout) is not ad.Zero:
+            wanted = 0 if ad.is_undefined_primal(first) else 1
+            found[wanted] = gradients[wanted](dout, (second, first)[wanted], *rest, **params)
+        return found
+
+    ad.primitive_transposes[operator] = transpose
+    batching.primitive_batchers[operator] = batched or _in_turn(operator)
+    return operator
+
+
+def call(operator: Primitive, *operands: Array, **params: Any) -> Array:
+    """The operator's result; `params` are static and hashable."""
+    out: Array = operator.bind(*alike(*operands), **params)
+    return out
+
+
+def alike(*arrays: Array) -> list[Array]:
+    """Inside shard_map: arrays that vary over the same mesh axes; elsewhere the arrays as they are.
+
+    A derivative rule must return each gradient as its argument varies. Made alike before the rule, a replicated
+    weight gets the sum of its gradients from the transpose of this step.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes: frozenset[Any] = frozenset().union(*varying)
+    return [
+        lax.pcast(array, tuple(axes - own), to="varying") if axes - own else array
+        for array, own in zip(arrays, varying, strict=True)
+    ]
+
+
+def varying_like(out: Array, like: Array) -> Array:
+    """Inside shard_map: `out` marked to vary over the mesh axes that `like` does, where a package did not mark it."""
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(out).manual_axis_type.varying
+    return lax.pcast(out, tuple(axes), to="varying") if axes else out
+
+
+def contract(first: Array, second: Array, axes: Axes) -> Array:
+    """The einsum of two arrays of one dtype, accumulated in promote_types(dtype, float32) and not yet rounded.
+
+    Args:
+        axes: such as ("td", "fd", "tf").
+    """
+    return call(_CONTRACT, first, second, axes=axes)
+
+
+def _result(compiled: Callable[..., Array], types: Sequence[Any], params: dict[str, Any]) -> Any:
+    (found,) = jax.make_jaxpr(lambda *operands: compiled(*operands, **params))(*types).out_avals
+    return found
+
+
+def _in_turn(operator: Primitive) -> Batched:
+    def one_after_the_other(operands: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Array, int]:
+        mapped = {
+            i: jnp.moveaxis(operand, axis, 0)
+            for i, (operand, axis) in enumerate(zip(operands, axes, strict=True))
+            if axis is not None
+        }
+
+        def one(here: dict[int, Array]) -> Array:
+            return call(operator, *[here.get(i, operand) for i, operand in enumerate(operands)], **params)
+
+        return lax.map(one, mapped), 0
+
+    return one_after_the_other
+
+
+def _run_contract(first: Array, second: Array, *, axes: Axes) -> Array:
+    one, other, out = axes
+    kept, summed = ([i for i in one if i in other and (i in out) == stays] for stays in (True, False))
+    at = lambda letters: ([one.index(i) for i in letters], [other.index(i) for i in letters])  # noqa: E731
+    accumulate = accumulate_dtype(first.dtype)
+    result = lax.dot_general(
+        first, second, (at(summed), at(kept)), precision="highest", preferred_element_type=accumulate
+    )
+    # dot_general's order of the result's axes.
+    found = [*kept, *(i for i in one if i not in other), *(i for i in other if i not in one)]
+    return lax.transpose(result, [found.index(i) for i in out])
+
+
+# JAX's own rule would multiply float32 gradients by 16-bit operands, which a GPU does in float32.
+def _contract_dfirst(dout: Array, second: Array, *, axes: Axes) -> Array:
+    return contract(dout.astype(second.dtype), second, (axes[2], axes[1], axes[0])).astype(second.dtype)
+
+
+def _contract_dsecond(dout: Array, first: Array, *, axes: Axes) -> Array:
+    return contract(dout.astype(first.dtype), first, (axes[2], axes[0], axes[1])).astype(first.dtype)
+
+
+def _contract_batched(operands: Sequence[Array], mapped: Sequence[int | None], *, axes: Axes) -> tuple[Array, int]:
+    """The batch is one more axis of the operands that have it, and of the result."""
+    new = next(letter for letter in ascii_letters if letter not in "".join(axes))
+    pairs = list(zip(operands, mapped, axes[:2], strict=True))
+    first, second = (array if axis is None else jnp.moveaxis(array, axis, 0) for array, axis, _ in pairs)
+    own, other = (letters if axis is None else new + letters for _, axis, letters in pairs)
+    return contract(first, second, (own, other, new + axes[2])), 0
+
+
+_CONTRACT = bilinear(
+    "contract", _run_contract, (_contract_dfirst, _contract_dsecond), static=["axes"], batched=_contract_batched
+)
