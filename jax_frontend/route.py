@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -10,8 +11,11 @@ from jax import Array, lax
 
 from moebius.core import checks
 from moebius.core.config import MoEConfig
+from moebius.core.errors import Unsupported
+from moebius.core.registry import Backend, Problem, Registry
 from moebius.core.routing import NORM_EPSILON, RoutingRule
 from moebius.jax_frontend.dtypes import promoted
+from moebius.jax_frontend.matmul import device_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -31,12 +35,26 @@ class Routing(NamedTuple):
     scores_TE: Float[Array, "T E"]
 
 
+class Router(NamedTuple):
+    """One backend.
+
+    Attributes:
+        route: (promoted logits [T, E], config, correction bias [E] or None, forced ids [T, K] or None) -> Routing.
+        refusal: (config, biased, forced) -> what of a config it does not serve, in words; None where it does.
+            `biased`: the gate has a correction bias. `forced`: experts may be forced.
+    """
+
+    route: Callable[[Array, MoEConfig, Array | None, Array | None], Routing]
+    refusal: Callable[[MoEConfig, bool, bool], str | None]
+
+
 def route(
     logits_TE: Float[Array, "T E"],
     config: MoEConfig,
     *,
     correction_bias_E: Float[Array, " E"] | None = None,
     ids_TK: Int[Array, "T K"] | None = None,
+    backend: str | None = None,
 ) -> Routing:
     """Choose K experts for each token and weight them, by the config's routing rule.
 
@@ -48,10 +66,36 @@ def route(
         config: names the rule, K, groups, normalisation and scale.
         correction_bias_E: [E], added to the scores for the choice alone.
         ids_TK: [T, K] forced experts; the weights are still taken from the live scores. None to choose.
+        backend: a registered name, or None for moebius' own.
+    Raises:
+        ShapeError, DTypeError: logits do not fit.
+        ConfigError, BackendUnavailable, Unsupported: `backend` was named and cannot serve; says why.
     """
     checks.logits(logits_TE, config.n_routed_experts)
-    rule = config.routing_rule
     logits_TE = promoted(logits_TE)
+    name = choose_router(backend, logits_TE, config, correction_bias_E is not None, ids_TK is not None).name
+    return _router(name).route(logits_TE, config, correction_bias_E, ids_TK)
+
+
+def choose_router(backend: str | None, logits: Array, config: MoEConfig, biased: bool, forced: bool) -> Backend:
+    """The registry row that serves promoted `logits` [T, E] and this config; see Registry.choose and Router.refusal.
+
+    Raises:
+        ConfigError, BackendUnavailable, Unsupported: it was named and cannot serve; says why.
+    """
+    device, capability = device_of(logits)
+    size = {"dim": config.dim, "inter_dim": config.moe_inter_dim, "n_experts": config.n_routed_experts}
+    problem = Problem(device=device, dtype=str(logits.dtype), capability=capability, **size)
+    chosen = ROUTERS.choose(backend, problem)
+    refusal = _router(chosen.name).refusal(config, biased, forced)
+    if refusal is not None:
+        asked = f"route backend {backend!r} of moebius.jax_frontend for score_func {config.score_func!r}"
+        raise Unsupported(asked, refusal, "leave the backend out, for moebius' own")
+    return chosen
+
+
+def _route(logits_TE: Array, config: MoEConfig, correction_bias_E: Array | None, ids_TK: Array | None) -> Routing:
+    rule = config.routing_rule
     score_TE = score(logits_TE, rule)
     if ids_TK is None:
         choice_TE = _choice(lax.stop_gradient(logits_TE), lax.stop_gradient(score_TE), config, correction_bias_E)
@@ -158,3 +202,42 @@ def _before_norm(
 def normalised(value: Array) -> Array:
     """Each row over its sum."""
     return value / (value.sum(-1, keepdims=True) + NORM_EPSILON)
+
+
+def _router(name: str) -> Router:
+    found: Router = ROUTERS.implementation(ROUTERS[name])
+    return found
+
+
+def _load_te() -> Router:
+    from moebius.jax_frontend import route_te as backend
+
+    backend.load()
+    return Router(backend.route, backend.refusal)
+
+
+def _te_supports(problem: Problem) -> str | None:
+    if problem.dtype == "float64":
+        return "Transformer Engine's router computes in float32"
+    if problem.device != "cuda":
+        return f"Transformer Engine routes on CUDA, not on {problem.device}"
+    if problem.n_experts > 2304:
+        return f"Transformer Engine's router takes at most 2304 experts, not {problem.n_experts}"
+    return None
+
+
+ROUTERS = Registry("moebius.jax_frontend", "route")
+ROUTERS.add(
+    name="xla",
+    load=lambda: Router(_route, lambda config, biased, forced: None),
+    note="every score function; equal scores choose the lowest id",
+)
+ROUTERS.add(
+    name="te",
+    load=_load_te,
+    needs=("transformer_engine",),
+    install="pip install --no-build-isolation 'transformer-engine[jax]>=2.20.2'",
+    supports=_te_supports,
+    only_when_named=True,
+    note="Transformer Engine's fused router; not every score function; equal scores choose any; reverse mode alone",
+)

@@ -116,10 +116,10 @@ def packages_of_extra(extra, extras):
 def test_extras_are_all_there_and_all_needs_no_compiler(metadata):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(metadata.get_all("Provides-Extra")) == set(extras)
-    assert set(extras) == {"torch", "jax", "compare", "notebooks", "all", "gpu", "te-torch", "te-jax", "dev"}
+    assert set(extras) == {"torch", "jax", "compare", "notebooks", "all", "gpu", "tokamax", "te-torch", "te-jax", "dev"}
     everything = packages_of_extra("all", extras)
     assert {"torch", "jax", "flax", "safetensors", "transformers", "typer", "rich", "matplotlib"} <= everything
-    assert not {p for p in everything if re.search("transformer-engine|cuda|triton|deep", p)}
+    assert not {p for p in everything if re.search("transformer-engine|cuda|triton|tokamax|deep", p)}
 
 
 @pytest.mark.parametrize("pins", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Stand-ins for packages that need a GPU: they compute with PyTorch, record calls and are as strict as the package.
+"""Stand-ins for packages that need a GPU: they compute, record calls and are as strict as the package.
 
 `install` puts modules where `import` finds them; a monkeypatch takes them away again.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from moebius.core import registry
+
+if TYPE_CHECKING:
+    import torch
 
 
 def install(monkeypatch: Any, modules: dict[str, dict[str, Any]]) -> None:
@@ -40,4 +41,4 @@ def as_pointer(tensor: torch.Tensor) -> torch.Tensor:
     for size in reversed(tensor.shape):
         strides.insert(0, step)
         step *= size
-    return torch.as_strided(tensor.detach(), tensor.shape, strides)
+    return tensor.detach().as_strided(tensor.shape, strides)
