@@ -1,7 +1,8 @@
 """moebius for Flax: the layer as NNX modules, and each of its steps as a function of arrays.
 
 The files carry the names of the steps and are those of `moebius.torch_frontend`, so that what holds for one can be
-looked up in the other. The meaning of every step is in `moebius.core`; here it is said in JAX.
+looked up in the other. The meaning of every step is in `moebius.core`; here it is said in JAX. The same layers as Linen
+modules are in `moebius.jax_frontend.linen`, which nothing here imports.
 """
 
 if __name__ != "moebius.jax_frontend":
@@ -23,7 +24,7 @@ from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
 from moebius.jax_frontend.experts import experts
 from moebius.jax_frontend.fake_gate import FakeBalancedGate
 from moebius.jax_frontend.gate import Gate, set_aux_loss_scale
-from moebius.jax_frontend.grouped_experts import GroupedExperts
+from moebius.jax_frontend.grouped_experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
 from moebius.jax_frontend.losses import aux_loss, seq_aux_loss, z_loss
 from moebius.jax_frontend.matmul import grouped_matmul, linear
 from moebius.jax_frontend.moe import MoE, SharedExperts
@@ -37,6 +38,8 @@ __all__ = [
     "FakeBalancedGate",
     "Gate",
     "GroupedExperts",
+    "GroupedExpertsDeepEP",
+    "GroupedExpertsTE",
     "Local",
     "MoE",
     "PermuteState",

@@ -90,4 +90,4 @@ def _not_over_ranks(problem: Problem) -> str | None:
 DISPATCHERS = Registry("moebius.jax_frontend", "dispatch")
 DISPATCHERS.add(name="local", load=lambda: Local, supports=_not_over_ranks, note="one rank")
 DISPATCHERS.add(name="allgather", load=lambda: Local, supports=_not_over_ranks, note="one rank: the same as local")
-DISPATCHERS.add_unbuilt("alltoall", "ragged_all_to_all", "te")
+DISPATCHERS.add_unbuilt("alltoall", "ragged_all_to_all", "deepep", "hybridep", "uccl_ep", "te", "mok")

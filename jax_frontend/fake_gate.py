@@ -12,6 +12,7 @@ from jax import Array, lax
 from moebius.core import checks
 from moebius.core.config import MoEConfig
 from moebius.core.errors import ConfigError
+from moebius.jax_frontend.checks import check_arrays
 
 
 class FakeBalancedGate(nnx.Module):
@@ -22,11 +23,12 @@ class FakeBalancedGate(nnx.Module):
         skip_first_n_experts: leave these experts out.
         noise: 0 for a fixed cycle; up to 1 for random weights and popularity, drawn from a seed taken from x, so
             that a recomputation of the same x agrees.
+        rngs: not read; for those that give it to every module, as nnx.bridge does.
     """
 
     bias_update_factor = 0.0
 
-    def __init__(self, config: Any, skip_first_n_experts: int = 0, noise: float = 0.0):
+    def __init__(self, config: Any, skip_first_n_experts: int = 0, noise: float = 0.0, *, rngs: nnx.Rngs | None = None):
         self.config = MoEConfig.of(config)
         self.skip_first_n_experts = skip_first_n_experts
         self.noise = noise
@@ -42,7 +44,9 @@ class FakeBalancedGate(nnx.Module):
         self, x: Array, token_mask: Array, cp_axis: Any = None, n_sequences: int = 1
     ) -> tuple[Array, Array, None]:
         """(weights [T, K] in x.dtype, indices [T, K] int32, None); only x has an effect."""
+        check_arrays(x=x)
         checks.tokens(x, self.config.dim)
+        x = jnp.asarray(x)  # NumPy's float64 is JAX's only in x64 mode
         T, K = x.shape[0], self.config.n_activated_experts
         available = self.config.n_routed_experts - self.skip_first_n_experts
         if self.noise > 0:

@@ -18,17 +18,19 @@ from moebius.jax_frontend.dtypes import accumulate_dtype, as_dtype
 from moebius.jax_frontend.losses import attach_aux_loss, losses, sum_over_ranks
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.replay import RouterReplay
-from moebius.jax_frontend.route import Routing, expert_load, quiet, route, updated_correction_bias
-from moebius.jax_frontend.weights import CorrectionBias, draw
+from moebius.jax_frontend.route import Routing, choose_router, expert_load, quiet, route, updated_correction_bias
+from moebius.jax_frontend.weights import CorrectionBias, draw, new_parameter
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+@nnx.register_variable_name("routing_statistics", overwrite=True)
 class RoutingStatistic(nnx.Variable):
     """What a gate records: not a parameter, and not worth a place in a checkpoint."""
 
 
+@nnx.register_variable_name("loss_scale", overwrite=True)
 class LossScale(nnx.Variable):
     """What multiplies the gradient of a gate's losses: an input that stays, so that it may change without compiling."""
 
@@ -46,7 +48,9 @@ class Gate(nnx.Module):
         gate_precision: dtype of the logits; None for x's. The scores are always promote_types(..., float32).
         dtype: of x inside; None for x's. param_dtype: to store in; None for config.gate_dtype, else config.dtype.
         kernel_init: (key, shape, dtype) -> array for the weight; None for N(0, 0.02).
-        kernel_metadata: of the weight's nnx.Param; None for none. rngs: its `params` stream gives a key.
+        kernel_metadata: of the weight's nnx.Param, see GroupedExperts; None for none.
+        rngs: its `params` stream gives a key.
+        route_backend: of `route`, None for moebius' own.
 
     Attributes:
         weight [E, dim], bias [E] or None: nnx.Param.
@@ -73,19 +77,23 @@ class Gate(nnx.Module):
         kernel_init: Any = None,
         kernel_metadata: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
+        route_backend: str | None = None,
     ):
         self.config = c = MoEConfig.of(config)
+        self.route_backend = route_backend
         self.gate_precision = None if gate_precision is None else as_dtype(gate_precision)
         self.dtype = None if dtype is None else as_dtype(dtype)
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         for row in layout.gate(c):
-            value = draw(row, rngs, dtype=param_dtype, kernel_init=kernel_init)
-            metadata = {} if row.zeros else dict(kernel_metadata or {})
-            setattr(self, row.name, nnx.Param(value, **metadata))
+            made = {"dtype": param_dtype, "kernel_init": kernel_init, "kernel_metadata": kernel_metadata}
+            setattr(self, row.name, new_parameter(row, rngs, **made))
         n = c.n_routed_experts
         self.e_score_correction_bias: CorrectionBias | None = nnx.data(None)
         if c.has_correction_bias:
             self.e_score_correction_bias = CorrectionBias(jnp.zeros(n, jnp.float32))
+        if route_backend is not None:  # refused here already, not first where it is called
+            logits_TE = jnp.zeros((0, n), accumulate_dtype(self.gate_precision or self.dtype or self.weight.dtype))
+            choose_router(route_backend, logits_TE, c, c.has_correction_bias, c.enable_routing_replay)
         self.aux_loss_scale = LossScale(jnp.ones((), jnp.float32))
         self.replay: RouterReplay | None = nnx.data(RouterReplay(n) if c.enable_routing_replay else None)
         self.deterministic = False
@@ -152,6 +160,7 @@ class Gate(nnx.Module):
             self.config,
             correction_bias_E=None if correction is None else correction[...],
             ids_TK=forced_TK,
+            backend=self.route_backend,
         )
         if self.replay is not None:
             self.replay.keep(routing.ids_TK)
@@ -164,9 +173,11 @@ class Gate(nnx.Module):
         if not (updates or self.track_load or (training and c.aux_loss_coeff > 0)):
             return None
         load_E = expert_load(routing.ids_TK, token_mask, c.n_routed_experts)
-        self.last_load[...] = load_E
+        # Not `self.last_load[...] = load_E`: while JAX traces, that is a scatter with an empty array of indices, which
+        # inside shard_map over several devices crashes the compiler of jaxlib 0.11.2, where it removes empty arrays.
+        self.last_load.set_value(load_E)
         if updates:
-            self.cumulative_load[...] = self.cumulative_load[...] + load_E
+            self.cumulative_load.set_value(self.cumulative_load[...] + load_E)
         return load_E
 
     def _losses(
@@ -189,7 +200,7 @@ class Gate(nnx.Module):
         settings: dict[str, Any] = {"n_sequences": n_sequences, "best_TK": best_TK, "cp_axis": cp_axis}
         found = losses(logits_TE, routing, load_E, token_mask, c, **settings)
         for name, loss in found.items():
-            getattr(self, f"last_{name}")[...] = lax.stop_gradient(loss).astype(jnp.float32)
+            getattr(self, f"last_{name}").set_value(lax.stop_gradient(loss).astype(jnp.float32))
         return found
 
     def update_bias(self, axis_name: Any = None) -> None:
@@ -209,8 +220,8 @@ class Gate(nnx.Module):
             raise ConfigError("update_bias", "gate_bias_update_factor=0", "set it above 0")
         own_E, factor = self.cumulative_load[...], self.config.gate_bias_update_factor
         (load_E,) = sum_over_ranks([own_E], axis_name)
-        bias[...] = updated_correction_bias(bias[...], load_E, factor)
-        self.cumulative_load[...] = jnp.zeros_like(own_E)
+        bias.set_value(updated_correction_bias(bias[...], load_E, factor))
+        self.cumulative_load.set_value(jnp.zeros_like(own_E))
 
     def init_weights(self, init_std: float = 0.02, *, rngs: nnx.Rngs) -> None:
         """Draw the weight anew from N(0, init_std); biases zero."""
@@ -238,4 +249,6 @@ def set_aux_loss_scale(module: nnx.Module, scale: Any) -> None:
         raise ConfigError(f"the scale of the router's losses in a {type(module).__name__}", "no Gate", "pass a model")
     for gate in gates:
         before = gate.aux_loss_scale[...]  # [] of one layer, [layers] of a stack
-        gate.aux_loss_scale[...] = jnp.broadcast_to(jnp.asarray(scale, before.dtype), before.shape)
+        after = jnp.broadcast_to(jnp.asarray(scale, before.dtype), before.shape)
+        # Written into the old value, so that the new one lies where that lay: elsewhere a step would compile anew.
+        gate.aux_loss_scale.set_value(lax.dynamic_update_slice(before, after, (0,) * before.ndim))

@@ -13,7 +13,7 @@ from jax import Array
 
 from moebius.core import activations, checks, layout
 from moebius.core.config import BackendConfig, MoEConfig
-from moebius.core.errors import ShapeError
+from moebius.core.errors import ConfigError, ShapeError
 from moebius.core.stages import OUTPUT, Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
@@ -23,7 +23,7 @@ from moebius.jax_frontend.gate import Gate
 from moebius.jax_frontend.grouped_experts import GroupedExperts
 from moebius.jax_frontend.matmul import linear
 from moebius.jax_frontend.route import quiet
-from moebius.jax_frontend.weights import draw
+from moebius.jax_frontend.weights import draw, new_parameter
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,7 +35,8 @@ class Linear(nnx.Module):
     Args:
         n_in, n_out: widths. bias: hold a bias. param_dtype: to store in.
         kernel_init: (key, shape, dtype) -> array for the weight; None for N(0, 0.02).
-        kernel_metadata: of the weight's nnx.Param; None for none. rngs: its `params` stream gives a key.
+        kernel_metadata: of the weight's nnx.Param, see GroupedExperts; None for none.
+        rngs: its `params` stream gives a key.
     """
 
     weight: nnx.Param[Array]
@@ -54,11 +55,12 @@ class Linear(nnx.Module):
         self.rows = layout.linear("", n_in, n_out, str(param_dtype), bias)
         self.bias: nnx.Param[Array] | None = nnx.data(None)
         for row in self.rows:
-            metadata = {} if row.zeros else dict(kernel_metadata or {})
-            setattr(self, row.name.removeprefix("."), nnx.Param(draw(row, rngs, kernel_init=kernel_init), **metadata))
+            value = new_parameter(row, rngs, kernel_init=kernel_init, kernel_metadata=kernel_metadata)
+            setattr(self, row.name.removeprefix("."), value)
 
     def __call__(self, x: Array) -> Array:
         """[..., out] in x.dtype."""
+        x = jnp.asarray(x)  # NumPy's float64 is JAX's only in x64 mode
         return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
 
     def init_weights(self, init_std: float = 0.02, *, rngs: nnx.Rngs) -> None:
@@ -109,7 +111,8 @@ class MoE(nnx.Module):
     """A mixture-of-experts layer: y = routed experts of x + shared experts of x.
 
     Unlike nnx.Linear, `param_dtype` follows the config and the computation follows x, as in PyTorch: parameters are
-    cast to x's dtype, x is never promoted to theirs.
+    cast to x's dtype, x is never promoted to theirs. What its gate records are integers too, so the gradient of a layer
+    takes nnx.grad, or jax.grad with allow_int=True; see Gate for what becomes of the records.
 
     Args:
         config: MoEConfig, or any object with its attributes.
@@ -150,9 +153,12 @@ class MoE(nnx.Module):
         self.cp_axis: Any = None
         self.gate: Gate | FakeBalancedGate
         if b.fake_balanced_gate:
+            if b.route is not None:
+                asked = f"route={b.route!r} with fake_balanced_gate=True"
+                raise ConfigError(asked, "a fake gate looks at nothing", "leave one of them out")
             self.gate = FakeBalancedGate(c, noise=b.fake_gate_noise)
         else:
-            self.gate = Gate(c, b.gate_precision, **kwargs)
+            self.gate = Gate(c, b.gate_precision, route_backend=b.route, **kwargs)
         self.experts = GroupedExperts(c, b, dtype=dtype, kernel_metadata=kernel_metadata, **kwargs)
         has_shared, latent = c.n_shared_experts > 0, c.moe_latent_size
         self.shared_experts = SharedExperts(c, **kwargs) if has_shared else None
@@ -175,7 +181,7 @@ class MoE(nnx.Module):
             ShapeError, DTypeError: an input does not fit.
         """
         check_arrays(x=x, **({} if padding_mask is None else {"padding_mask": padding_mask}))
-        x = x if self.dtype is None else x.astype(self.dtype)
+        x = jnp.asarray(x, self.dtype)  # NumPy's float64 is JAX's only in x64 mode
         if len(x.shape) < 2:
             raise ShapeError(f"x of shape [..., {self.config.dim}]", f"shape {tuple(x.shape)}", "add a token axis")
         x_TD = x.reshape(-1, x.shape[-1])

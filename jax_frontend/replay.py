@@ -35,6 +35,7 @@ RECORD, REPLAY = "record", "replay"
 _NONE = (0, 0)
 
 
+@nnx.register_variable_name("replay_ids", overwrite=True)
 class ReplayIds(nnx.Variable):
     """Experts that were chosen or are to be: not a parameter, and not worth a place in a checkpoint."""
 

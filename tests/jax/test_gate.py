@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moebius.core import ConfigError, MoEConfig, reference
+from moebius.core import ConfigError, DTypeError, MoEConfig, reference
 from moebius.core.vectors import compute, load
 from moebius.jax_frontend import FakeBalancedGate, Gate, set_aux_loss_scale
 from moebius.jax_frontend.weights import CorrectionBias
@@ -80,6 +80,21 @@ def test_gate_stores_the_router_apart_and_its_correction_bias_in_float32(gate_of
     assert gate.weight.dtype == jnp.float32
     gate = gate_of(BALANCED, param_dtype="bfloat16")
     assert gate.weight.dtype == jnp.bfloat16 and gate.e_score_correction_bias.dtype == jnp.float32
+
+
+def test_gate_keeps_sharding_metadata_without_a_mesh(gate_of):
+    gate = gate_of(WITH_LOSS, kernel_metadata={"out_sharding": ("expert", None)})
+    spec = nnx.get_partition_spec(nnx.state(gate, nnx.Param))["weight"].get_value()
+    assert spec == jax.sharding.PartitionSpec("expert", None)
+    np.testing.assert_array_equal(gate(*tokens())[0], gate_of(WITH_LOSS)(*tokens())[0])
+
+
+@pytest.mark.parametrize("kind", [Gate, FakeBalancedGate])
+def test_gates_take_numpys_float64_without_a_warning_where_jax_has_none(gate_of, kind):
+    gate, (x, mask) = gate_of(WITH_LOSS) if kind is Gate else kind(WITH_LOSS, noise=0.5), tokens()
+    weights, ids, _ = gate(np.asarray(x, np.float64), np.asarray(mask))
+    assert weights.dtype == jnp.float32
+    np.testing.assert_array_equal(ids, gate(x, mask)[1])
 
 
 def test_gate_state_is_no_parameter(gate_of):
@@ -236,6 +251,11 @@ def test_fake_balanced_gate_with_noise_repeats_itself_and_names_an_expert_once()
     np.testing.assert_allclose(np.asarray(weights).sum(-1), 1, rtol=1e-5)
     assert all(len(set(row)) == 2 for row in np.asarray(ids).tolist()) and ids.min() >= 1 and ids.max() < 8
     assert np.isfinite(run(jnp.full_like(x, jnp.nan))[0]).all()
+
+
+def test_fake_balanced_gate_of_no_array_says_so():
+    with pytest.raises(DTypeError, match="x as a jax"):
+        FakeBalancedGate(MoEConfig(**SIZES))([[0.0] * 16], jnp.ones(1, bool))
 
 
 def test_fake_balanced_gate_that_skips_too_many_says_so():

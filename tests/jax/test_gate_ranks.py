@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from moebius.core import MoEConfig, reference
-from moebius.jax_frontend import Gate
+from moebius.jax_frontend import Gate, set_aux_loss_scale
 
 SIZES = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 4, "dtype": "float32"}
 BALANCED = MoEConfig(**SIZES, score_func="sigmoid", gate_bias_update_factor=0.125)
-WITH_LOSSES = MoEConfig(
-    **SIZES, softmax_before_topk=True, aux_loss_coeff=0.5, z_loss_coeff=0.25, seq_aux_loss_coeff=0.75
-)
+LOSS_COEFFICIENTS = {"aux_loss_coeff": 0.5, "z_loss_coeff": 0.25, "seq_aux_loss_coeff": 0.75}
+WITH_LOSSES = MoEConfig(**SIZES, **LOSS_COEFFICIENTS, softmax_before_topk=True)
 LOSSES = ("last_aux_loss", "last_z_loss", "last_seq_aux_loss")
 # Two sequences of eight; each device has half of each.
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
@@ -118,6 +118,24 @@ for check_vma in (True, False):
 
 def test_moe_in_shard_map_over_its_sequences_is_the_whole_with_and_without_check_vma(run_alone):
     run_alone(IN_SHARD_MAP, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+def test_gate_makes_no_empty_arrays_inside_shard_map(build, equations):
+    """One that is moved out of the region, as the indices of `variable[...] = value`, crashes XLA of jaxlib 0.11.2."""
+    settings = {"score_func": "sigmoid", "gate_bias_update_factor": 0.125, **LOSS_COEFFICIENTS}
+    graph, state = nnx.split(build(Gate, MoEConfig(**SIZES, **settings)))
+
+    def run(x, mask, scale):
+        module = nnx.merge(graph, state, copy=True)
+        set_aux_loss_scale(module, scale)
+        module(x.reshape(-1, 16), mask.reshape(-1), "cp", n_sequences=2)
+        module.update_bias("cp")
+        return nnx.state(module)
+
+    mesh = jax.make_mesh((1,), ("cp",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    found = [var.aval.shape for e in equations(run, X, MASK, 2.0) for var in (*e.invars, *e.outvars)]
+    assert len(found) > 100 and not [shape for shape in found if 0 in shape]
 
 
 def test_moe_takes_the_axis_of_its_attribute_where_a_call_names_none(gate, build):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moebius.core import BackendConfig, MoEConfig
-from moebius.jax_frontend import MoE, parameters
+from moebius.jax_frontend import MoE, SharedExperts, parameters
 
 SIZES = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 8, "moe_inter_dim": 6, "dtype": "float32"}
 PLAIN = MoEConfig(**SIZES, norm_topk_prob=True)
@@ -144,6 +144,42 @@ def test_moe_computes_in_x_dtype_unless_dtype_is_given(build, dtype, out):
     assert jax.eval_shape(call, module, jnp.asarray(X, jnp.bfloat16)).dtype == out
 
 
+def test_moe_and_shared_experts_take_numpys_float64_without_a_warning_where_jax_has_none(layer, build):
+    wide = X.astype(np.float64)
+    y = layer(FULL)(wide)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, layer(FULL)(X))
+    shared = build(SharedExperts, FULL)
+    np.testing.assert_array_equal(shared(wide[0]), shared(X[0]))
+
+
+def test_sharding_metadata_of_a_layer_without_a_mesh_is_its_routed_experts_alone(build):
+    module = build(MoE, FULL, kernel_metadata={"out_sharding": ("expert", None, None)})
+    specs = nnx.to_flat_state(nnx.get_partition_spec(nnx.state(module, nnx.Param)))
+    named = {path[-1] for path, leaf in specs if leaf.get_value() == jax.sharding.PartitionSpec("expert", None, None)}
+    assert named == {"gate_and_up_projs", "down_projs"}
+    assert call(module, X).shape == X.shape
+
+
+def test_sharding_metadata_of_shared_experts_without_a_mesh_is_kept(build):
+    module = build(SharedExperts, FULL, kernel_metadata={"out_sharding": ("hidden", None)})
+    specs = nnx.get_partition_spec(nnx.state(module, nnx.Param))
+    assert specs["up_proj"]["weight"].get_value() == jax.sharding.PartitionSpec("hidden", None)
+    np.testing.assert_array_equal(call(module, X[0]), call(build(SharedExperts, FULL), X[0]))
+
+
+def test_jax_grad_of_a_layer_takes_allow_int_and_is_nnx_grads(layer):
+    module = layer(FULL)
+    loss = lambda m: (m(X) ** 2).sum()  # noqa: E731
+    with pytest.raises(TypeError, match="int"):
+        jax.grad(loss)(module)
+    found = jax.jit(jax.grad(loss, allow_int=True))(module)
+    wanted = nnx.jit(nnx.grad(loss))(nnx.clone(module))
+    wanted = {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(wanted)}
+    for name, value in parameters(found).items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_moe_draws_every_matrix_from_kernel_init_and_the_params_stream():
     ones = parameters(MoE(FULL, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0)))
     assert all(np.all(np.asarray(value) == 1) for name, value in ones.items() if "bias" not in name)
@@ -168,10 +204,3 @@ def test_moe_with_a_fake_gate_has_no_router(build):
     module = build(MoE, PLAIN, BackendConfig(fake_balanced_gate=True))
     assert not any(name.startswith("gate.") for name in parameters(module))
     assert np.isfinite(call(module, X)).all()
-
-
-def test_moe_as_a_linen_module_has_the_same_names():
-    linen = nnx.bridge.to_linen(MoE, PLAIN)
-    variables = jax.eval_shape(linen.init, jax.random.key(0), X)
-    assert set(variables["params"]["experts"]) == {"gate_and_up_projs", "down_projs"}
-    assert jax.eval_shape(linen.apply, variables, X).shape == X.shape

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moebius.core import MoEConfig, layout
+from moebius.core import ConfigError, DTypeError, MoEConfig, ShapeError, layout
 from moebius.jax_frontend import MoE, load_parameters, load_state, parameters, state
-from moebius.jax_frontend.weights import draw
+from moebius.jax_frontend.weights import draw, new_parameter
 
 FULL = MoEConfig(
     n_routed_experts=4,
@@ -62,6 +63,25 @@ def test_load_parameters_keeps_a_parameter_on_the_devices_it_was_placed_on(build
     assert weight[...].sharding == sharding and (weight[...] == 1).all()
 
 
+@pytest.mark.parametrize(
+    "load, held, bad, error",
+    [
+        (load_parameters, parameters, lambda value: value.tolist(), DTypeError),
+        (load_parameters, parameters, lambda value: np.full(value.shape, "x"), (TypeError, ValueError)),
+        (load_state, state, lambda value: value.tolist(), DTypeError),
+    ],
+    ids=["parameters", "parameters that do not convert", "state"],
+)
+def test_loading_a_last_value_that_is_no_array_of_numbers_writes_nothing(build, load, held, bad, error):
+    layer = build(MoE, FULL)
+    before = held(layer)
+    values = {name: np.ones(value.shape, np.float32) for name, value in before.items()}
+    last = list(values)[-1]
+    with pytest.raises(error):
+        load(layer, {**values, last: bad(values[last])})
+    assert all(value is before[name] for name, value in held(layer).items())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_draw_has_the_spread_and_the_tails_of_a_normal_in_every_dtype(dtype):
     row = layout.Parameter(name="weight", axes=("out", "in"), shape=(200, 500), dtype=dtype)
@@ -75,3 +95,65 @@ def test_draw_of_a_bias_is_zero_and_takes_no_random_number():
     rngs = nnx.Rngs(0)
     assert not draw(row, rngs).any()
     assert rngs.params.count[...] == 0
+
+
+MATRIX = layout.Parameter(name="weight", axes=("out", "in"), shape=(2, 3), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "rngs, found", [(0, "type int"), (None, "type NoneType"), (nnx.Rngs(dropout=0), "no such stream")]
+)
+def test_draw_without_a_stream_of_random_numbers_says_what_to_pass(rngs, found):
+    with pytest.raises(
+        ConfigError, match=rf"rngs as flax\.nnx\.Rngs.*\nfound: {found}\ndo: pass flax\.nnx\.Rngs\(seed\)"
+    ):
+        draw(MATRIX, rngs)
+
+
+def test_draw_takes_the_default_stream_where_there_is_no_other():
+    np.testing.assert_array_equal(draw(MATRIX, nnx.Rngs(0)), draw(MATRIX, nnx.Rngs(params=0)))
+
+
+def test_draw_of_another_shape_than_asked_for_is_refused():
+    with pytest.raises(ShapeError, match=r"weight of shape \[2, 3\] from kernel_init\nfound: shape \[3, 2\]"):
+        draw(MATRIX, nnx.Rngs(0), kernel_init=lambda key, shape, dtype: jnp.ones(shape[::-1], dtype))
+
+
+def mesh():
+    return jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def test_a_sharding_without_a_mesh_is_metadata_alone():
+    """Also under a mesh that comes later: what is written then lies where it lay."""
+    made = new_parameter(MATRIX, nnx.Rngs(0), kernel_metadata={"out_sharding": ("data", None), "role": "expert"})
+    assert made.get_metadata("role") == "expert" and not made[...].committed
+    assert nnx.get_partition_spec(made).get_value() == PartitionSpec("data", None)
+    with jax.set_mesh(mesh()):
+        made.set_value(made[...] + 1)
+        copied = nnx.merge(*nnx.split(nnx.Dict(made=made))).made
+    assert nnx.get_partition_spec(copied).get_value() == PartitionSpec("data", None)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"out_sharding": ("data", None), "mesh": mesh()},
+        {"out_sharding": NamedSharding(mesh(), PartitionSpec("data", None))},
+    ],
+    ids=["mesh", "NamedSharding"],
+)
+def test_a_sharding_with_a_mesh_of_its_own_places_the_parameter(metadata):
+    made = new_parameter(MATRIX, nnx.Rngs(0), kernel_metadata=metadata)
+    assert made[...].sharding == NamedSharding(mesh(), PartitionSpec("data", None))
+
+
+def test_a_sharding_inside_of_a_mesh_places_the_parameter():
+    with jax.set_mesh(mesh()):
+        made = new_parameter(MATRIX, nnx.Rngs(0), kernel_metadata={"out_sharding": PartitionSpec("data", None)})
+    assert made[...].sharding == NamedSharding(mesh(), PartitionSpec("data", None))
+
+
+def test_a_bias_has_no_metadata():
+    row = layout.Parameter(name="bias", axes=("E",), shape=(3,), dtype="float32", zeros=True)
+    made = new_parameter(row, nnx.Rngs(0), kernel_metadata={"out_sharding": ("data", None), "role": "expert"})
+    assert not made.has_metadata("out_sharding") and not made.has_metadata("role")
