@@ -52,7 +52,8 @@ def _state(machine: Machine, frontend: str, name: str, backend: Mapping[str, Any
         return Status.BROKEN, f"does not load: {trouble}", remedy
     if not any(state in SERVES for state in states.values()):
         return Status.UNSUPPORTED, described(states), "name another backend"
-    return Status.OK, described(states), ""
+    says = machine.fact(name, "load").get("says")
+    return Status.OK, "; ".join(text for text in (described(states), says) if text), ""
 
 
 def described(states: Mapping[str, str]) -> str:

@@ -55,12 +55,17 @@ PACKAGES = (
     Package(name="threadpoolctl", extra="compare", use="moebius compare", at_least="3.5"),
 )
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-# (frontend, package that a backend needs) -> the extra that brings it.
+# (frontend, package that a backend needs) -> the smallest extra that brings it.
 EXTRAS = {
     ("torch", "triton"): "gpu",
     ("torch", "transformer_engine"): "te-torch",
+    ("jax", "triton"): "tokamax",
+    ("jax", "tokamax"): "tokamax",
+    ("jax", "jax_triton"): "tokamax",
     ("jax", "transformer_engine"): "te-jax",
 }
+# Package -> the first Python on which its extra brings it.
+PYTHONS = {"tokamax": "3.12", "jax_triton": "3.12"}
 
 # PyPI's build brings gigabytes of CUDA libraries.
 _CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -92,8 +97,10 @@ def _bring(package: Package, machine: Machine) -> str:
 
 def brings(frontend: str, package: str) -> str:
     """What to do for a package that a backend needs."""
-    extra = EXTRAS.get((frontend, package))
-    return install(extra) if extra else f"install {package}; no extra of moebius brings it"
+    extra, python = EXTRAS.get((frontend, package)), PYTHONS.get(package)
+    if extra is None:
+        return f"install {package}; no extra of moebius brings it"
+    return f"{install(extra)}, on Python {python} or later" if python else install(extra)
 
 
 def judge(machine: Machine) -> Iterator[Row]:

@@ -98,7 +98,7 @@ def _support() -> list[dict[str, Any]]:
     return support(_registries())
 
 
-def _load(operation: str, name: str) -> bool:
+def _load(operation: str, name: str) -> dict[str, str]:
     from moebius.compare.doctor.registries import load
 
     return load(_registries(), operation, name)
@@ -107,5 +107,7 @@ def _load(operation: str, name: str) -> bool:
 def _registries() -> tuple[Any, ...]:
     from moebius.jax_frontend.dispatch import DISPATCHERS
     from moebius.jax_frontend.matmul import BACKENDS
+    from moebius.jax_frontend.permute import PERMUTERS
+    from moebius.jax_frontend.route import ROUTERS
 
-    return BACKENDS, DISPATCHERS
+    return BACKENDS, DISPATCHERS, PERMUTERS, ROUTERS

@@ -80,7 +80,7 @@ def _support() -> list[dict[str, Any]]:
     return support(_registries())
 
 
-def _load(operation: str, name: str) -> bool:
+def _load(operation: str, name: str) -> dict[str, str]:
     from moebius.compare.doctor.registries import load
 
     return load(_registries(), operation, name)

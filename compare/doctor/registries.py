@@ -60,10 +60,16 @@ def support(registries: Sequence[Registry]) -> list[dict[str, Any]]:
     return found
 
 
-def load(registries: Sequence[Registry], operation: str, name: str) -> bool:
-    """Load a backend as its first use would; True, or whatever that raises."""
+def load(registries: Sequence[Registry], operation: str, name: str) -> dict[str, str]:
+    """Load a backend as its first use would, and ask how it computes here.
+
+    Returns:
+        "says": its words, "" for none. Raises whatever its loader raises.
+    """
     (registry,) = (registry for registry in registries if registry.operation == operation)
-    return registry.implementation(registry[name]) is not None
+    registry.implementation(registry[name])
+    says = registry[name].says
+    return {"says": "" if says is None else says()}
 
 
 def _served(registry: Registry, backend: Backend, device: str) -> dict[str, list[str]]:

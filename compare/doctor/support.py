@@ -50,7 +50,10 @@ def _cell(device: Mapping[str, list[str]]) -> str:
 
 def _notes(frontend: str, backend: Backend) -> str:
     limits = _once(reason for device in backend["devices"].values() for reason in device["limits"])
-    needs = [f"needs {package}: {brings(frontend, package)}" for package in backend["needs"]]
+    brought: dict[str, list[str]] = {}
+    for package in backend["needs"]:
+        brought.setdefault(brings(frontend, package), []).append(package)
+    needs = [f"needs {' and '.join(packages)}: {how}" for how, packages in brought.items()]
     return "; ".join(note for note in [backend["note"], *needs, *limits] if note)
 
 

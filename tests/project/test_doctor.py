@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,23 @@ def test_states_are_those_of_explain_for_every_backend(asked_registries):
                 assert [row["states"][key] for row in mine].count("chosen") == 1
 
 
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_extra_of_transformer_engine_brings_all_that_its_backends_need(asked_registries, frontend):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = [row for row in registries.states(asked_registries[frontend], capability=(9, 0)) if row["name"] == "te"]
+    needed = {package for row in rows for package in row["needs"]}
+    assert "transformer_engine" in needed
+    for package in needed:
+        assert any(line.startswith(package.replace("_", "-")) for line in extras[f"te-{frontend}"]), package
+
+
 def test_load_of_a_backend_runs_its_loader_and_raises_what_it_raises():
     registry = Registry("moebius.test_frontend", "grouped_matmul")
     registry.add(name="good", load=object)
+    registry.add(name="talks", load=object, says=lambda: "takes the long way here")
     registry.add(name="bad", load=lambda: 1 / 0)
-    assert registries.load([registry], "grouped_matmul", "good")
+    assert registries.load([registry], "grouped_matmul", "good") == {"says": ""}
+    assert registries.load([registry], "grouped_matmul", "talks") == {"says": "takes the long way here"}
     with pytest.raises(ZeroDivisionError):
         registries.load([registry], "grouped_matmul", "bad")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from patients import CPU_JAX, NO_GPU, SETTINGS, TE, answered, failed, found, healthy, unwell, with_backend, without
 
-from moebius.compare.doctor.packages import EXTRAS, PACKAGES
+from moebius.compare.doctor.packages import EXTRAS, PACKAGES, brings
 from moebius.compare.doctor.probe import Answer
 from moebius.compare.doctor.record import Report, Row, Status
 
@@ -98,6 +98,16 @@ def test_packages_and_extras_are_those_of_pyproject():
         named = package.replace("_", "-")
         assert any(re.match(rf"{named}\b", line) for line in extras[extra]), package
         assert any(re.search(rf"moebius\[.*{frontend}.*\]", line) for line in extras[extra]), frontend
+
+
+@pytest.mark.parametrize("frontend, package", EXTRAS)
+def test_extra_that_brings_a_package_on_some_pythons_alone_says_on_which(frontend, package):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extra = EXTRAS[frontend, package]
+    (line,) = (line for line in extras[extra] if re.match(rf"{package.replace('_', '-')}\b[^-]", line))
+    bound = re.search(r"python_version >= '([\d.]+)'", line)
+    end = f", on Python {bound[1]} or later" if bound else ""
+    assert brings(frontend, package) == f"pip install '.[{extra}]' in a clone of moebius{end}"
 
 
 # -------------------------------------------------------------------------------------------------------------- devices
@@ -218,6 +228,17 @@ def test_backend_whose_import_aborts_is_broken_and_the_others_stay():
     row = found(machine, "backend", TE)
     assert row.status == Status.BROKEN and "SIGABRT" in row.detail and row.remedy
     assert found(machine, "backend", "torch.grouped_matmul.loop").status == Status.OK
+
+
+def test_backend_that_says_how_it_computes_here_is_quoted():
+    machine = with_backend()
+    loaded = Answer(facts={"load": {"says": "bfloat16 takes V1: cuBLASLt 13.1.0 is loaded"}})
+    row = found(replace(machine, answers={**machine.answers, TE: loaded}), "backend", TE)
+    assert row.status == Status.OK
+    assert row.detail == "cpu: needs cuda; cuda: available; bfloat16 takes V1: cuBLASLt 13.1.0 is loaded"
+    silent = Answer(facts={"load": {"says": ""}})
+    row = found(replace(machine, answers={**machine.answers, TE: silent}), "backend", TE)
+    assert row.detail == "cpu: needs cuda; cuda: available"
 
 
 def test_backend_that_serves_nothing_here_says_why():
