@@ -17,7 +17,7 @@ SUITES = {
     "calibration": "calibration",
     "compare": "cpu_compare",
 }
-GPU_SUITES = ("gpu_experts",)
+GPU_SUITES = ("gpu_experts", "gpu_flax")
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ class Row:
     """A candidate of the tables.
 
     Attributes:
-        kind: "ours" and "peer" enter the ratios, "reference" does not.
+        kind: "ours" and "peer" enter the ratios, "reference" does not; "torch" is ours on the other framework.
         module: in benchmarks.peers; its `build` takes the problem and `options`.
         default: whether it runs without being named.
         skew: whether it also runs with skewed routing.
@@ -49,11 +49,21 @@ class DeviceLost(RuntimeError):
 
 @dataclass(kw_only=True)
 class Lane:
-    """A row on one shape: what was found, and milliseconds by pass and round. No candidate: it is out."""
+    """A row on one shape: what was found, and milliseconds by pass and round. Neither candidate nor program: it is out.
+
+    Attributes:
+        candidate: of PyTorch. program: of JAX; see benchmarks.gpu_jax.
+    """
 
     row: Row
     result: dict[str, Any]
     candidate: Candidate | None = None
+    program: Any = None
+
+    @property
+    def out(self) -> bool:
+        """Whether there is nothing left to run."""
+        return self.candidate is None and self.program is None
 
     def leaves(self, problem: Problem, routing: Routing) -> list[Tensor]:
         """Everything that a backward pass leaves a gradient in."""
@@ -105,6 +115,31 @@ class Bench:
         for key, shape in self.figures["shapes"].items():
             shape["floors"] = _floors(self.shapes[key], best)
 
+    def run_all(self, write: Callable[[Figures], object]) -> bool:
+        """Every shape in turn, with the ceilings before and after; False where a shape or the device was lost.
+
+        Args:
+            write: takes the figures after each shape and at the end.
+        """
+        self.say(", ".join(f"{name} {value}" for name, value in self.figures["machine"].items()))
+        whole = True
+        self.ceilings()
+        for key, shape in self.shapes.items():
+            self.say(f"{shape.name}, after {self.seconds:.0f} s")
+            try:
+                self.run(key)
+            except Exception as error:
+                whole = False
+                traceback.print_exc()
+                if isinstance(error, DeviceLost):
+                    break
+            write(self.figures)
+        else:
+            self.ceilings()
+        self.figures["seconds"] = self.seconds
+        write(self.figures)
+        return whole
+
     def run(self, key: str) -> None:
         """Build, check and time every candidate on one shape.
 
@@ -120,11 +155,15 @@ class Bench:
         expected = gpu_check.reference(problem)
         lanes = [Lane(row=row, result={"shape": key, "row": name, "kind": row.kind}) for name, row in self.rows.items()]
         self.figures["results"] += [lane.result for lane in lanes]
-        for lane in lanes:
-            self._try(lane, "built", partial(self._prepare, lane, problem, expected))
+        self._prepare_all(lanes, problem, expected)
         self._rounds(lanes, problem, problem.routing)
         if self.options.skew:
             self._skewed(lanes, problem, entry)
+
+    def _prepare_all(self, lanes: Sequence[Lane], problem: Problem, expected: gpu_check.Reference) -> None:
+        """Build and check every candidate; one that fails is out, with its reason."""
+        for lane in lanes:
+            self._try(lane, "built", partial(self._prepare, lane, problem, expected))
 
     def _prepare(self, lane: Lane, problem: Problem, expected: gpu_check.Reference) -> None:
         """Build; the first call against the reference; then memory and host synchronisations of a warm one."""
@@ -138,7 +177,7 @@ class Bench:
         y.backward(problem.dy)
         self.meter.wait()
         lane.result |= {"note": candidate.note, "first_s": time.perf_counter() - start}
-        lane.result["errors"] = gpu_check.errors(problem, expected, candidate, y.detach())
+        lane.result["errors"] = gpu_check.errors(expected, gpu_check.left_by(problem, candidate, y.detach()))
         del y
         gpu_check.require(lane.result["errors"])
         forward, both = self._passes(candidate, problem, problem.routing)
@@ -147,11 +186,12 @@ class Bench:
         lane.result["memory"] = {} if memory is None else memory._asdict()
         lane.result["syncs"] = {"forward": self.meter.syncs(forward), "both": self.meter.syncs(both)}
         clear(leaves)
+        self._say_checked(lane, f"first call {lane.result['first_s']:.1f} s")
+
+    def _say_checked(self, lane: Lane, words: str) -> None:
         worst = max(lane.result["errors"].items(), key=lambda item: float(item[1]))
-        self.say(
-            f"  {lane.row.title}: {candidate.note}; first call {lane.result['first_s']:.1f} s, "
-            f"relative error {worst[1]:.1e} ({worst[0]})"
-        )
+        note = f"{lane.row.title}: {lane.result['note']}"
+        self.say(f"  {note}; {words}, relative error {worst[1]:.1e} ({worst[0]})")
 
     def _call(self, candidate: Candidate, problem: Problem, routing: Routing) -> Callable[[], Tensor]:
         return lambda: candidate.call(problem.x, routing.weights, routing.indices)
@@ -171,15 +211,16 @@ class Bench:
         samples: dict[tuple[str, str], list[list[float]]] = {}
         for turn in range(self.options.rounds):
             for lane in list(lanes)[:: -1 if turn % 2 else 1]:
-                if lane.candidate is not None:
+                if not lane.out:
                     self._try(lane, "timed", partial(self._time, lane, problem, routing, samples))
         for lane in lanes:
             for name in PASSES:
                 rounds = samples.get((lane.result["row"], name))
                 if rounds:
                     lane.result[name] = _summary(rounds, problem.shape.flops(name == "both"))
-            if all(name in lane.result for name in PASSES):
-                self.say(f"  {lane.row.title}: " + ", ".join(f"{lane.result[name]['ms']:.3f} ms" for name in PASSES))
+            timed = [f"{name} {lane.result[name]['ms']:.3f} ms" for name in PASSES if name in lane.result]
+            if timed:
+                self.say(f"  {lane.row.title}: " + ", ".join(timed))
 
     def _time(
         self, lane: Lane, problem: Problem, routing: Routing, samples: dict[tuple[str, str], list[list[float]]]
@@ -215,7 +256,7 @@ class Bench:
         except Exception as error:
             lane.result["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             lane.result["traceback"] = traceback.format_exc()
-            lane.candidate = None
+            lane.candidate = lane.program = None
         # Outside of the handler, whose traceback holds the candidate's tensors.
         self.say(f"  {lane.row.title}: not {step}: {lane.result['reason']}")
         try:

@@ -6,6 +6,7 @@ and the idlest. All of y and dx must be finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,17 @@ class Reference:
     experts: dict[int, tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a candidate computed: y [T, D], and where it ran backward dx, dweights [T, K] and, by expert, the gradients
+    of up [D, 2I] and down [I, D]."""
+
+    y: Tensor
+    dx: Tensor | None = None
+    dweights: Tensor | None = None
+    gradients: Callable[[int], tuple[Tensor, Tensor]] | None = None
+
+
 def reference(problem: Problem) -> Reference:
     """Each expert over its rows in float64, by autograd."""
     indices, n_tokens = problem.routing.indices, problem.shape.tokens
@@ -50,22 +62,27 @@ def reference(problem: Problem) -> Reference:
     return Reference(tokens=chosen, y=y, dx=dx, dweights=dweights, experts=experts)  # type: ignore[arg-type]
 
 
-def errors(problem: Problem, expected: Reference, candidate: Candidate, y: Tensor) -> dict[str, float]:
-    """Relative error, by norms, of y and of the gradients that a backward pass with dy left behind."""
+def left_by(problem: Problem, candidate: Candidate, y: Tensor) -> Found:
+    """y, and what a backward pass with dy left in the leaves."""
     dx, dweights = problem.x.grad, problem.routing.weights.grad
     assert dx is not None and dweights is not None
-    chosen = expected.tokens
-    found = {
-        "y": _relative(y[chosen], expected.y),
-        "dx": _relative(dx[chosen], expected.dx),
-        "dweights": _relative(dweights[chosen], expected.dweights),
-    }
-    pairs = [(candidate.gradients(expert), due) for expert, due in expected.experts.items()]
-    for at, name in enumerate(("dup", "ddown")):
-        found[name] = max(_relative(gradients[at], due[at]) for gradients, due in pairs)
-    if not all(bool(torch.isfinite(values).all()) for values in (y, dx)):
-        found["values that are not finite"] = float("inf")
-    return found
+    return Found(y=y, dx=dx, dweights=dweights, gradients=candidate.gradients)
+
+
+def errors(expected: Reference, found: Found) -> dict[str, float]:
+    """Relative error, by norms, of y and of every gradient that was found."""
+    chosen, relative = expected.tokens, {"y": _relative(found.y[expected.tokens], expected.y)}
+    if found.dx is not None:
+        relative["dx"] = _relative(found.dx[chosen], expected.dx)
+    if found.dweights is not None:
+        relative["dweights"] = _relative(found.dweights[chosen], expected.dweights)
+    if found.gradients is not None:
+        pairs = [(found.gradients(expert), due) for expert, due in expected.experts.items()]
+        for at, name in enumerate(("dup", "ddown")):
+            relative[name] = max(_relative(gradients[at], due[at]) for gradients, due in pairs)
+    if not all(bool(torch.isfinite(values).all()) for values in (found.y, found.dx) if values is not None):
+        relative["values that are not finite"] = float("inf")
+    return relative
 
 
 def require(found: dict[str, float]) -> None:

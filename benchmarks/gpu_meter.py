@@ -58,6 +58,9 @@ class Meter:
     def poison(self) -> None:
         """Leave NaN in the memory that is handed out next."""
 
+    def poison_jax(self) -> None:
+        """Leave NaN in the memory that XLA hands out next."""
+
     def times(self, call: Call, leaves: Sequence[Tensor], least_runs: int) -> list[float]:
         """Milliseconds of each of several calls, gradients of `leaves` cleared before each."""
         raise NotImplementedError
@@ -96,6 +99,15 @@ class Cuda(Meter):
         """See Meter: bytes of 255 are NaN in bfloat16 and float32, -1 in integers."""
         free, _ = torch.cuda.mem_get_info()
         torch.full((min(POISON_BYTES, free // 4),), 255, dtype=torch.uint8, device=self.device)
+
+    def poison_jax(self) -> None:
+        """See Meter."""
+        import jax
+        import jax.numpy as jnp
+
+        self.release()
+        free, _ = torch.cuda.mem_get_info()
+        jax.block_until_ready(jnp.full(min(POISON_BYTES, free // 4) // 4, jnp.nan, jnp.float32)).delete()
 
     def times(self, call: Call, leaves: Sequence[Tensor], least_runs: int) -> list[float]:
         """See Meter; do_bench empties the L2 cache before each call."""

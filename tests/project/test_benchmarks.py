@@ -70,7 +70,8 @@ def _checked(problem: Problem, candidate: Candidate) -> dict[str, float]:
     gpu_meter.clear([problem.x, problem.routing.weights, *candidate.parameters])
     y = candidate.call(problem.x, problem.routing.weights, problem.routing.indices)
     y.backward(problem.dy)
-    return gpu_check.errors(problem, gpu_check.reference(problem), candidate, y.detach())
+    found = gpu_check.left_by(problem, candidate, y.detach())
+    return gpu_check.errors(gpu_check.reference(problem), found)
 
 
 def test_errors_of_the_composite_in_float32_are_roundings() -> None:
