@@ -17,3 +17,9 @@ def test_the_examples_of_both_frontends_print_what_the_readme_shows() -> None:
         done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
         assert done.stdout == shown, done.stderr
     assert len(torch.strip().splitlines()) == len(jax.strip().splitlines()) <= 11
+
+
+def test_the_example_of_a_flax_model_prints_what_its_last_comment_says() -> None:
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "linen" in block)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == code.strip().rsplit("# ", 1)[1], done.stderr
