@@ -35,7 +35,7 @@ from moebius.jax_frontend.dispatch import Sent
 from moebius.jax_frontend.dtypes import promoted
 from moebius.jax_frontend.matmul import choose, product, weight_gradient
 from moebius.jax_frontend.operators import alike
-from moebius.jax_frontend.permute import PermuteState, permute, unpermute
+from moebius.jax_frontend.permute import PermuteState, permute
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -116,9 +116,9 @@ def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weig
     before_R, after_R = (None, row_weights_R) if how.after else (row_weights_R, None)
     hidden_RU = checkpoint_name(_hidden(rows_RD, w, group_sizes_e, row_experts_R, how), "moe_hidden")
     act_RI = checkpoint_name(activate(hidden_RU, before_R, how.activation), "moe_act")
-    out_RD = product(how.down_backend, act_RI, w.down_eID, group_sizes_e)
+    out_RD = product(how.down_backend, act_RI, w.down_eID, group_sizes_e, raw=True)
     out_RD = add_bias(out_RD, w.down_bias_eD, row_experts_R, before_R)
-    y_SD = checkpoint_name(unpermute(out_RD, state, after_R, partial=how.partial), "moe_y")
+    y_SD = checkpoint_name(_sum_slots(out_RD, state, group_sizes_e, after_R, partial=how.partial), "moe_y")
     kept = Kept(
         x_SD=x_SD,
         hidden_RU=None if how.remat == "full" else hidden_RU,
@@ -138,39 +138,65 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
     dy_SD, kept = lax.optimization_barrier((dy_SD, kept))
     x_SD, hidden_RU, act_RI, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R, row_experts_R = kept
     state = PermuteState(slot_of_row_R, row_of_slot_SK)
-    rows_RD = _gather_rows(x_SD, state)
+    only = bind(_only_routed, end=jnp.sum(group_sizes_e, dtype=jnp.int32))
+    rows_RD = only(_gather_rows(x_SD, state))
     if hidden_RU is None:
         hidden_RU = _hidden(rows_RD, w, group_sizes_e, row_experts_R, how)
-    dout_RD = _gather_rows(dy_SD.astype(x_SD.dtype), state)
+    dout_RD = only(_gather_rows(dy_SD.astype(x_SD.dtype), state))
     again_RI, activate_vjp = jax.vjp(lambda h, w: activated(h, w, how.activation), hidden_RU, row_weights_R)
     if act_RI is None:
         act_RI = again_RI
     elif how.after:
         act_RI = (promoted(act_RI) * row_weights_R[:, None]).astype(act_RI.dtype)
-    ddown_eID = weight_gradient(how.down_backend, act_RI, dout_RD, group_sizes_e)
-    dact_RI = product(how.down_backend, dout_RD, w.down_eID, group_sizes_e, transposed=True)
+    ddown_eID = weight_gradient(how.down_backend, only(act_RI), dout_RD, group_sizes_e, raw=True)
+    dact_RI = product(how.down_backend, dout_RD, w.down_eID, group_sizes_e, transposed=True, raw=True)
     dhidden_RU, drow_weights_R = activate_vjp(dact_RI)
+    dhidden_RU = only(dhidden_RU)
     dup_bias_eU = ddown_bias_eD = None
     if w.down_bias_eD is not None and row_experts_R is not None:
         ddown_bias_eD = _sum_rows(dout_RD, group_sizes_e, row_weights_R)
         drow_weights_R = drow_weights_R + _dot_rows(dout_RD, w.down_bias_eD, row_experts_R)
     if w.up_bias_eU is not None:
         dup_bias_eU = _sum_rows(dhidden_RU, group_sizes_e)
-    dup_eDU = weight_gradient(how.up_backend, rows_RD, dhidden_RU, group_sizes_e)
-    drows_RD = product(how.up_backend, dhidden_RU, w.up_eDU, group_sizes_e, transposed=True)
-    dx_SD = unpermute(drows_RD, state)
+    dup_eDU = weight_gradient(how.up_backend, rows_RD, dhidden_RU, group_sizes_e, raw=True)
+    drows_RD = product(how.up_backend, dhidden_RU, w.up_eDU, group_sizes_e, transposed=True, raw=True)
+    dx_SD = _sum_slots(drows_RD, state, group_sizes_e)
     dweights_SK = _of_slots(drow_weights_R, state, group_sizes_e)
     return dx_SD, dweights_SK, Weights(dup_eDU, ddown_eID, dup_bias_eU, ddown_bias_eD)
 
 
 def _hidden(rows_RD: Array, w: Weights, group_sizes_e: Array, row_experts_R: Array | None, how: How) -> Array:
-    hidden_RU = product(how.up_backend, rows_RD, w.up_eDU, group_sizes_e)
+    hidden_RU = product(how.up_backend, rows_RD, w.up_eDU, group_sizes_e, raw=True)
     return hidden_RU if row_experts_R is None else add_bias(hidden_RU, w.up_bias_eU, row_experts_R)
 
 
 def _gather_rows(x_SD: Float[Array, "S D"], state: PermuteState) -> Array:
     """[R, D]: each row's token."""
     return _take(x_SD, state.slot_of_row_R // max(state.row_of_slot_SK.shape[1], 1))
+
+
+def _only_routed(rows_RF: Float[Array, "R F"], end: Int[Array, ""]) -> Array:
+    """The rows, with zeros past the end: fused into what makes them, where a mask of its own would read them again."""
+    inside_R1 = (jnp.arange(rows_RF.shape[0], dtype=jnp.int32) < end)[:, None]
+    return jnp.where(inside_R1, rows_RF, 0)
+
+
+def _sum_slots(
+    out_RD: Float[Array, "R D"],
+    state: PermuteState,
+    group_sizes_e: Int[Array, " e"],
+    row_weights_R: Float[Array, " R"] | None = None,
+    *,
+    partial: bool = False,
+) -> Array:
+    """`unpermute` of rows that may hold anything past the end."""
+    end = jnp.sum(group_sizes_e, dtype=jnp.int32)
+    dtype, out_RD = out_RD.dtype, promoted(out_RD)
+    if row_weights_R is not None:
+        out_RD = out_RD * row_weights_R[:, None]
+    inside_SK1 = (state.row_of_slot_SK < end)[..., None]
+    summed = jnp.where(inside_SK1, _take(out_RD, state.row_of_slot_SK), 0).sum(1)
+    return summed if partial else summed.astype(dtype)
 
 
 def _of_slots(values_R: Float[Array, " R"], state: PermuteState, group_sizes_e: Array) -> Array:

@@ -43,11 +43,14 @@ class Kernels(NamedTuple):
             `transposed`: weight is [e, F, D]; a flag, because XLA would copy all of weight.mT before the first block.
         weight_gradient: (rows [R, D], dout [R, F], group_sizes [e]) -> [e, D, F]; empty experts zero.
         devices: whether they can only be lowered for devices that are present; see operators.bilinear.
+        raw: both again without their masks of the rows past the end, which are passes over memory: the product leaves
+            anything there, and the weights' gradient is given zeros there. None where there is nothing to leave out.
     """
 
     product: Callable[[Array, Array, Array, bool], Array]
     weight_gradient: Callable[[Array, Array, Array], Array]
     devices: bool = False
+    raw: tuple[Callable[[Array, Array, Array, bool], Array], Callable[[Array, Array, Array], Array]] | None = None
 
 
 def grouped_matmul(
@@ -133,44 +136,55 @@ def _device_while_tracing() -> Any:
     return jax.local_devices(backend=here.platform)[0]
 
 
-def product(backend_name: str, rows: Array, weight: Array, group_sizes: Array, transposed: bool = False) -> Array:
-    """[R, F], differentiable in rows and weight in every mode; see Kernels.product."""
+def product(
+    backend_name: str, rows: Array, weight: Array, group_sizes: Array, transposed: bool = False, raw: bool = False
+) -> Array:
+    """[R, F], differentiable in rows and weight in every mode; see Kernels.product, and Kernels.raw."""
     operator, _ = _operators(_kernels(backend_name).devices)
-    return call(operator, rows, weight, group_sizes, backend=backend_name, transposed=transposed)
+    return call(operator, rows, weight, group_sizes, backend=backend_name, transposed=transposed, raw=raw)
 
 
-def weight_gradient(backend_name: str, rows: Array, dout: Array, group_sizes: Array) -> Array:
-    """[e, D, F], differentiable in rows and dout in every mode; see Kernels.weight_gradient."""
+def weight_gradient(backend_name: str, rows: Array, dout: Array, group_sizes: Array, raw: bool = False) -> Array:
+    """[e, D, F], differentiable in rows and dout in every mode; see Kernels.weight_gradient, and Kernels.raw."""
     _, operator = _operators(_kernels(backend_name).devices)
-    return call(operator, rows, dout, group_sizes, backend=backend_name)
+    return call(operator, rows, dout, group_sizes, backend=backend_name, raw=raw)
 
 
-def _run_product(rows: Array, weight: Array, group_sizes: Array, *, backend: str, transposed: bool) -> Array:
+def _run_product(rows: Array, weight: Array, group_sizes: Array, *, backend: str, transposed: bool, raw: bool) -> Array:
     if 0 in (rows.shape[0], weight.shape[0]):
         return lax.full_like(rows, 0, shape=(rows.shape[0], weight.shape[1 if transposed else 2]))
-    return _kernels(backend).product(rows, weight, group_sizes, transposed)
+    kernels = _kernels(backend)
+    run = kernels.raw[0] if raw and kernels.raw else kernels.product
+    return run(rows, weight, group_sizes, transposed)
 
 
-def _product_drows(dout: Array, weight: Array, group_sizes: Array, *, backend: str, transposed: bool) -> Array:
+# Of derivatives nothing is known past the end: they are never raw.
+def _product_drows(
+    dout: Array, weight: Array, group_sizes: Array, *, backend: str, transposed: bool, raw: bool
+) -> Array:
     return product(backend, dout, weight, group_sizes, not transposed)
 
 
-def _product_dweight(dout: Array, rows: Array, group_sizes: Array, *, backend: str, transposed: bool) -> Array:
+def _product_dweight(
+    dout: Array, rows: Array, group_sizes: Array, *, backend: str, transposed: bool, raw: bool
+) -> Array:
     pair = (dout, rows) if transposed else (rows, dout)
     return weight_gradient(backend, *pair, group_sizes)
 
 
-def _run_weight_gradient(rows: Array, dout: Array, group_sizes: Array, *, backend: str) -> Array:
+def _run_weight_gradient(rows: Array, dout: Array, group_sizes: Array, *, backend: str, raw: bool) -> Array:
     if 0 in (rows.shape[0], group_sizes.shape[0]):
         return lax.full_like(rows, 0, shape=(group_sizes.shape[0], rows.shape[1], dout.shape[1]))
-    return _kernels(backend).weight_gradient(rows, dout, group_sizes)
+    kernels = _kernels(backend)
+    run = kernels.raw[1] if raw and kernels.raw else kernels.weight_gradient
+    return run(rows, dout, group_sizes)
 
 
-def _weight_gradient_drows(dweight: Array, dout: Array, group_sizes: Array, *, backend: str) -> Array:
+def _weight_gradient_drows(dweight: Array, dout: Array, group_sizes: Array, *, backend: str, raw: bool) -> Array:
     return product(backend, dout, dweight, group_sizes, True)
 
 
-def _weight_gradient_ddout(dweight: Array, rows: Array, group_sizes: Array, *, backend: str) -> Array:
+def _weight_gradient_ddout(dweight: Array, rows: Array, group_sizes: Array, *, backend: str, raw: bool) -> Array:
     return product(backend, rows, dweight, group_sizes)
 
 
@@ -180,8 +194,8 @@ def _operators(devices: bool) -> tuple[Primitive, Primitive]:
     of_product, of_weights = (_product_drows, _product_dweight), (_weight_gradient_drows, _weight_gradient_ddout)
     operator = partial(bilinear, others=1, devices=devices)
     return (
-        operator("grouped_product", _run_product, of_product, static=("backend", "transposed")),
-        operator("grouped_weight_gradient", _run_weight_gradient, of_weights, static=("backend",)),
+        operator("grouped_product", _run_product, of_product, static=("backend", "transposed", "raw")),
+        operator("grouped_weight_gradient", _run_weight_gradient, of_weights, static=("backend", "raw")),
     )
 
 
@@ -210,7 +224,7 @@ def _load_tokamax() -> Kernels:
     from moebius.jax_frontend import matmul_tokamax as backend
 
     backend.load()
-    return Kernels(backend.product, backend.weight_gradient)
+    return Kernels(backend.product, backend.weight_gradient, raw=(backend.raw_product, backend.weight_gradient))
 
 
 def _load_loop() -> Kernels:
@@ -229,7 +243,8 @@ def _load_te() -> Kernels:
     from moebius.jax_frontend import matmul_te as backend
 
     backend.load()
-    return Kernels(backend.product, backend.weight_gradient, devices=True)
+    raw = backend.raw_product, backend.raw_weight_gradient
+    return Kernels(backend.product, backend.weight_gradient, devices=True, raw=raw)
 
 
 def _te_says() -> str:

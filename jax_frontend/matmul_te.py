@@ -44,21 +44,30 @@ class Path(NamedTuple):
 
 def product(rows: Array, weight: Array, group_sizes: Array, transposed: bool = False) -> Array:
     """[R, F]; see Kernels.product. `weight` is read as it lies, transposed or not."""
-    inside_R1 = _inside(rows, group_sizes)
+    return jnp.where(_inside(rows, group_sizes), raw_product(rows, weight, group_sizes, transposed), 0)
+
+
+def raw_product(rows: Array, weight: Array, group_sizes: Array, transposed: bool = False) -> Array:
+    """[R, F]; see Kernels.raw."""
     if path(rows.dtype).name == "V1":
         group_sizes = _all_rows(rows, group_sizes)  # whatever they hold: each row of the output is of its own row alone
-    out = _grouped_gemm((rows, group_sizes), (weight, None), ((1,), (2 if transposed else 1,)))
-    return jnp.where(inside_R1, out, 0)
+    return _grouped_gemm((rows, group_sizes), (weight, None), ((1,), (2 if transposed else 1,)))
 
 
 def weight_gradient(rows: Array, dout: Array, group_sizes: Array) -> Array:
     """[e, D, F]; see Kernels.weight_gradient."""
+    if path(rows.dtype).name == "V1":
+        inside_R1 = _inside(rows, group_sizes)
+        rows, dout = jnp.where(inside_R1, rows, 0), jnp.where(inside_R1, dout, 0)
+    return raw_weight_gradient(rows, dout, group_sizes)
+
+
+def raw_weight_gradient(rows: Array, dout: Array, group_sizes: Array) -> Array:
+    """[e, D, F]; see Kernels.raw."""
     if path(rows.dtype).name == "V2":
         dweight = _grouped_gemm((rows, group_sizes), (dout, group_sizes), ((0,), (0,)))
         # Whether the library writes zeros where it has nothing to add differs from version to version.
         return jnp.where((group_sizes > 0)[:, None, None], dweight, 0)
-    inside_R1 = _inside(rows, group_sizes)
-    rows, dout = jnp.where(inside_R1, rows, 0), jnp.where(inside_R1, dout, 0)
     sizes = _all_rows(rows, group_sizes)
     return _grouped_gemm((rows, sizes), (dout, sizes), ((0,), (0,)))
 

@@ -108,6 +108,13 @@ CHOICES = (
 
 def product(rows: Array, weight: Array, group_sizes: Array, transposed: bool = False) -> Array:
     """[R, F]; see Kernels.product. The transposed product copies the weight: tokamax's kernels read one orientation."""
+    out = raw_product(rows, weight, group_sizes, transposed)
+    inside = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)
+    return jnp.where(inside[:, None], out, 0)
+
+
+def raw_product(rows: Array, weight: Array, group_sizes: Array, transposed: bool = False) -> Array:
+    """[R, F]; see Kernels.raw."""
     return _product(rows, weight, group_sizes, choice=choose("product", rows, weight.shape[1:]), transposed=transposed)
 
 
@@ -126,10 +133,8 @@ def choose(operation: str, rows: Array, widths: tuple[int, ...]) -> Choice:
 # jit: each eager call would otherwise trace and compile its kernel anew.
 @partial(jax.jit, static_argnames=("choice", "transposed"))
 def _product(rows: Array, weight: Array, group_sizes: Array, choice: Choice, transposed: bool) -> Array:
-    n_rows = rows.shape[0]
     out = _call(choice, _padded(rows, choice), weight, group_sizes, ((1,), (2 if transposed else 1,)), group=(0,))
-    inside = jnp.arange(n_rows, dtype=jnp.int32) < jnp.sum(group_sizes, dtype=jnp.int32)
-    return jnp.where(inside[:, None], out[:n_rows], 0)
+    return out[: rows.shape[0]]
 
 
 @partial(jax.jit, static_argnames="choice")
