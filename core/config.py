@@ -270,6 +270,8 @@ class BackendConfig(_FromAttributes):
         linear: of the dense projections, one of LINEAR_BACKENDS; "torch" or None means the framework's own.
         experts: backend of the grouped matmul, one of EXPERT_BACKENDS, or the original's "torch", "torch_mm".
         dispatcher: how tokens reach other ranks, one of DISPATCHERS.
+        combine_dtype: in which each rank's part of the output travels to the token's rank, where they are added in
+            promote_types(dtype, float32); None for x's dtype, rounded once more than on one rank.
         dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of the DeepEP dispatchers.
         fake_balanced_gate: route evenly without looking at x, for benchmarks.
         fake_gate_noise: share of randomness in the fake gate, 0 to 1.
@@ -292,6 +294,7 @@ class BackendConfig(_FromAttributes):
     linear: str | None = None
     experts: str | None = None
     dispatcher: str | None = None
+    combine_dtype: Any = None
     dispatcher_num_sms: int = 20
     dispatcher_share_token_dispatcher: bool = True
     dispatcher_async_dispatch: bool = False
@@ -307,8 +310,9 @@ class BackendConfig(_FromAttributes):
     enable_fsdp_optimizations: bool = False
 
     def __post_init__(self) -> None:
-        if self.gate_precision is not None:
-            object.__setattr__(self, "gate_precision", dtype_name(self.gate_precision))
+        for name in ("gate_precision", "combine_dtype"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, dtype_name(getattr(self, name)))
         if self.experts is not None:
             name = EXPERT_BACKEND_ALIASES.get(self.experts, self.experts)
             _one_of("experts", name, EXPERT_BACKENDS, extra=tuple(EXPERT_BACKEND_ALIASES))

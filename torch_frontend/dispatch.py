@@ -70,14 +70,19 @@ class Local:
         n_experts: int,
     ) -> tuple[Sent, None]:
         """Promote the weights; a masked token, -1 and any id outside [0, n_experts) becomes n_experts: no route."""
-        here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
-        # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
-        ids_TK = torch.where(here_TK, ids_TK, n_experts).to(torch.int32)
+        ids_TK = routed(ids_TK, token_mask_T, n_experts, n_experts)
         return Sent(x_TD, promoted(weights_TK, x_TD.dtype), ids_TK), None
 
     def combine(self, y_SD: Float[Tensor, "S D"], state: None) -> Tensor:
         """`y_SD` itself."""
         return y_SD
+
+
+def routed(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int, no_route: int) -> Tensor:
+    """int32 ids, with `no_route` for a masked token, -1 and any id outside [0, n_experts)."""
+    here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
+    # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
+    return torch.where(here_TK, ids_TK, no_route).to(torch.int32)
 
 
 def _one_rank(problem: Problem) -> str | None:
@@ -90,19 +95,28 @@ def _with_distributed(problem: Problem) -> str | None:
     return f"the experts lie on {problem.ranks} ranks, and this build of torch has no torch.distributed"
 
 
-def _local(group: Any = None) -> Dispatcher:
+def _local(group: Any = None, combine_dtype: str | None = None) -> Dispatcher:
     return Local()
 
 
-def _allgather(group: Any = None) -> Dispatcher:
+def _allgather(group: Any = None, combine_dtype: str | None = None) -> Dispatcher:
     if group is None:
         return Local()
     from moebius.torch_frontend.dispatch_allgather import AllGather  # which imports this file
 
-    return AllGather(group)
+    return AllGather(group, combine_dtype)
 
 
-# An implementation is called with the process group over which the experts are spread, None for one rank.
+def _alltoall(group: Any = None, combine_dtype: str | None = None) -> Dispatcher:
+    if group is None:
+        return Local()
+    from moebius.torch_frontend.dispatch_alltoall import AllToAll
+
+    return AllToAll(group, combine_dtype)
+
+
+# An implementation is called with the process group over which the experts are spread, None for one rank, and with
+# BackendConfig.combine_dtype.
 DISPATCHERS = Registry("moebius.torch_frontend", "dispatch")
 DISPATCHERS.add(name="local", load=lambda: _local, supports=_one_rank, note="one rank")
 DISPATCHERS.add(
@@ -112,4 +126,11 @@ DISPATCHERS.add(
     reads_host=True,
     note="every rank sees all tokens; any number of ranks",
 )
-DISPATCHERS.add_unbuilt("alltoall", "deepep", "hybridep", "uccl_ep", "te", "mok")
+DISPATCHERS.add(
+    name="alltoall",
+    load=lambda: _alltoall,
+    supports=_with_distributed,
+    reads_host=True,
+    note="a token travels once to each rank that holds one of its experts; any number of ranks",
+)
+DISPATCHERS.add_unbuilt("deepep", "hybridep", "uccl_ep", "te", "mok")

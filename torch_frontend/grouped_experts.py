@@ -92,6 +92,22 @@ class _Experts(AllOrNothing):
     def _dispatcher(self, mesh: Any) -> Dispatcher:
         raise NotImplementedError
 
+    def _choose(self, name: str | None, mesh: Any) -> Dispatcher:
+        """The dispatcher of that name over the ranks of `mesh`, None for one rank."""
+        weight, ranks = self.gate_and_up_projs, 1 if mesh is None else mesh.size()
+        problem = Problem(
+            device=weight.device.type,
+            dtype=str(weight.dtype)[6:],
+            dim=self.config.expert_dim,
+            inter_dim=self.config.moe_inter_dim,
+            n_experts=self.config.n_routed_experts // ranks,
+            ranks=ranks,
+        )
+        chosen = DISPATCHERS.choose("allgather" if name == "torch" else name, problem)
+        group = None if ranks == 1 else mesh.get_group()
+        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, self.backend.combine_dtype)
+        return dispatcher
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ACTIVATIONS and not hasattr(type(self), name):
             own = next(other for other in _ACTIVATIONS if hasattr(type(self), other))
@@ -154,12 +170,12 @@ class GroupedExperts(_Experts):
     ):
         super().__init__(config, backend, None, dtype, param_dtype, device)
         # Also refuses a dispatcher that is not there.
-        self._on_one_rank = _choose_dispatcher(self.backend.dispatcher, self.config, self.gate_and_up_projs, None)
+        self._on_one_rank = self._choose(self.backend.dispatcher, None)
 
     def _dispatcher(self, mesh: Any) -> Dispatcher:
         if mesh is None:
             return self._on_one_rank
-        return _choose_dispatcher(self.backend.dispatcher, self.config, self.gate_and_up_projs, mesh)
+        return self._choose(self.backend.dispatcher, mesh)
 
     @property
     def expert_activation_grouped(self) -> WeightedActivation:
@@ -204,7 +220,7 @@ class _Dispatched(_Experts):
             raise ConfigError(f"a dispatcher over {mesh}", f"parameters on {spread}", "pass the parameters' mesh")
         dispatcher: Dispatcher = Local()
         if mesh.size() > 1:
-            dispatcher = _choose_dispatcher(self.dispatcher_backend, self.config, self.gate_and_up_projs, mesh)
+            dispatcher = self._choose(self.dispatcher_backend, mesh)
             if spread is None:
                 shard_experts(self, mesh)
         self.ep_size, self.ep_rank, self.token_dispatcher = dispatcher.ranks, dispatcher.rank, dispatcher
@@ -316,18 +332,3 @@ def weighted_activation(config: MoEConfig) -> WeightedActivation:
 
 def _weighted(hidden_RU: Tensor, weights_R1: Tensor, of: Activation) -> Tensor:
     return activate(hidden_RU, weights_R1[:, 0], of)
-
-
-def _choose_dispatcher(name: str | None, config: MoEConfig, weight: Tensor, mesh: Any) -> Dispatcher:
-    ranks = 1 if mesh is None else mesh.size()
-    problem = Problem(
-        device=weight.device.type,
-        dtype=str(weight.dtype)[6:],
-        dim=config.expert_dim,
-        inter_dim=config.moe_inter_dim,
-        n_experts=config.n_routed_experts // ranks,
-        ranks=ranks,
-    )
-    chosen = DISPATCHERS.choose("allgather" if name == "torch" else name, problem)
-    dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(None if ranks == 1 else mesh.get_group())
-    return dispatcher

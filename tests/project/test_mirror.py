@@ -13,6 +13,7 @@ TORCH, JAX = ROOT / "torch_frontend", ROOT / "jax_frontend"
 # File -> why only one frontend has it, or why each has its own.
 _BACKEND = "a backend of this framework"
 _BINDINGS = "both: each framework's bindings of one package, called through the table of its matmul.py"
+_COLLECTIVES = "both: collectives of a process group, sizes known to the host; or of a mesh axis, with static shapes"
 FILES = {
     "matmul_grouped_mm.py": f"torch: {_BACKEND}",
     "matmul_gmm.py": f"torch: {_BACKEND}",
@@ -27,7 +28,11 @@ FILES = {
     "launch.py": "torch: launches core.kernels; JAX's operators are compiled by XLA",
     "statedict.py": "torch: state dicts; Flax has pytrees, which orbax loads whole",
     "linen.py": "jax: Flax has two kinds of modules, NNX and Linen",
-    "dispatch_allgather.py": "torch: collectives of this framework",
+    "transport.py": _COLLECTIVES,
+    "dispatch_ranks.py": _COLLECTIVES,
+    "dispatch_allgather.py": _COLLECTIVES,
+    "dispatch_alltoall.py": _COLLECTIVES,
+    "dispatch_ragged.py": "jax: a collective of XLA; PyTorch's all-to-all is ragged",
     "recompute.py": "torch: checkpointing runs the module's Python again; JAX repeats equations",
     "operators.py": "both: how operators with derivatives are declared, by torch.library and by JAX's primitives",
     "sharding.py": "torch: DTensors; JAX shards arrays by its own rules",

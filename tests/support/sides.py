@@ -172,6 +172,31 @@ def reference_experts(p: Problem, arithmetic: Arithmetic = EXACT) -> Arrays:
     return {"y": trace.y_TD, "dx": dx, "dweights": dweights, **grads}
 
 
+def reference_over_ranks(p: Problem, lengths: tuple[int, ...], arithmetic: Arithmetic = EXACT) -> Arrays:
+    """The reference with a list of ranks: what they return, one after the other."""
+    n, E = len(lengths), p.config.n_routed_experts
+    cuts, e = np.cumsum(lengths)[:-1], E // n
+    columns = (np.split(column, cuts) for column in (p.x, p.weights, p.ids, p.token_mask))
+    own = [
+        reference.Tokens(x_TD=x, weights_TK=weights, ids_TK=ids, token_mask_T=mask)
+        for x, weights, ids, mask in zip(*columns, strict=True)
+    ]
+    config = replace(p.config, n_routed_experts=e, n_activated_experts=min(e, p.ids.shape[1]))
+    held = [{name: value[r * e : (r + 1) * e] for name, value in p.parameters.items()} for r in range(n)]
+    traces = [
+        reference.experts(t.x_TD, t.token_mask_T, t.weights_TK, t.ids_TK, held[rank], config, arithmetic)
+        for rank, t in enumerate(reference.dispatch(own, E))
+    ]
+    y = reference.combine(list(lengths), [trace.y_TD for trace in traces], arithmetic)
+    dy = reference.combine_vjp(np.split(p.dy, cuts))
+    back = [reference.experts_vjp(traces[r], held[r], config, dy[r], arithmetic) for r in range(n)]
+    dx, dweights, grads = zip(*back, strict=True)
+    sent = reference.dispatch_vjp(list(lengths), list(dx), list(dweights), arithmetic)
+    found = {"y": np.concatenate(y), "dx": np.concatenate([r[0] for r in sent])}
+    found["dweights"] = np.concatenate([r[1] for r in sent])
+    return found | {name: np.concatenate([g[name] for g in grads]) for name in p.parameters}
+
+
 @cache
 def expected(p: Problem) -> tuple[Arrays, dict[str, Bound]]:
     """The reference's answer with its bounds; kept, since every side asks for the same."""

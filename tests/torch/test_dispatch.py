@@ -1,8 +1,9 @@
-"""Steps 3 and 9 by themselves: on one rank, and over several by all-gather, against the reference's list of ranks."""
+"""Steps 3 and 9 by themselves: on one rank, and over several, against the reference's list of ranks."""
 
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ E, D, K = 8, 3, 2
 LENGTHS = [(3, 2), (5, 0), (0, 0), (4, 1, 0, 3), (0, 0, 0, 2), (2, 2, 2, 2)]
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 over_ranks = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+KINDS = ("allgather", "alltoall")
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 # ------------------------------------------------------------------------------------------------------------ one rank
@@ -52,15 +55,15 @@ def _problem(n: int) -> Problem:
     return Problem(device="cpu", dtype="float32", dim=2, inter_dim=2, n_experts=4, ranks=n)
 
 
-@pytest.mark.parametrize("name", [None, "local", "allgather"])
+@pytest.mark.parametrize("name", [None, "local", *KINDS])
 def test_dispatchers_on_one_rank_are_local(name: str | None) -> None:
     assert isinstance(DISPATCHERS.implementation(DISPATCHERS.choose(name, _problem(1)))(), Local)
 
 
-@pytest.mark.parametrize("name", [None, "allgather"])
-def test_dispatchers_over_ranks_are_all_gather(name: str | None) -> None:
-    assert DISPATCHERS.choose(name, _problem(4)).name == "allgather"
-    assert DISPATCHERS["allgather"].reads_host
+def test_dispatchers_over_ranks_are_all_gather_or_the_named_one() -> None:
+    assert DISPATCHERS.choose(None, _problem(4)).name == "allgather"
+    for name in KINDS:
+        assert DISPATCHERS.choose(name, _problem(4)).name == name and DISPATCHERS[name].reads_host
 
 
 @pytest.mark.parametrize("name", ["local", "deepep", "hybridep", "uccl_ep", "te", "mok"])
@@ -100,12 +103,31 @@ def _drawn(lengths: tuple[int, ...]) -> tuple[list[Tokens], list[np.ndarray], li
     return tokens, outputs, [rng.integers(-255, 255, (s, D)).astype(float) for _ in lengths]
 
 
-def _dispatched(lengths: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
-    """On one rank: what dispatch and combine give, and the gradients of both, in every dtype."""
-    from moebius.torch_frontend.dispatch_allgather import AllGather
+def _here(lengths: tuple[int, ...], kind: str) -> list[np.ndarray]:
+    """[S] of each rank: which of all tokens it is sent."""
+    sent = reference.dispatch(_drawn(lengths)[0], E)
+    routed = [(rank.ids_TK < E // len(lengths)).any(1) & rank.token_mask_T for rank in sent]
+    return routed if kind == "alltoall" else [np.ones_like(own) for own in routed]
 
+
+def _made(parts: list[np.ndarray], here: list[np.ndarray]) -> list[np.ndarray]:
+    """What a rank makes of tokens that it is not sent: nothing."""
+    return [part * own[:, None] for part, own in zip(parts, here, strict=True)]
+
+
+def _dispatcher(kind: str, **settings: str) -> Dispatcher:
+    from moebius.torch_frontend.dispatch_allgather import AllGather
+    from moebius.torch_frontend.dispatch_alltoall import AllToAll
+
+    made: Dispatcher = {"allgather": AllGather, "alltoall": AllToAll}[kind](**settings)
+    return made
+
+
+def _dispatched(lengths: tuple[int, ...]) -> dict[tuple[str, str], list[torch.Tensor]]:
+    """On one rank: what dispatch and combine give, and the gradients of both, by every dispatcher in every dtype."""
     rank, found = dist.get_rank(), {}
-    for dtype in DTYPES:
+    for name, dtype in product(KINDS, DTYPES):
+        here = _here(lengths, name)[rank]
         tokens, outputs, dx = _drawn(lengths)
         own, kind = tokens[rank], getattr(torch, dtype)
         accumulate = torch.promote_types(kind, torch.float32)
@@ -113,20 +135,21 @@ def _dispatched(lengths: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
         x, weights = (
             torch.from_numpy(value).to(kind).T.contiguous().T.requires_grad_() for value in (own.x_TD, own.weights_TK)
         )
-        dispatcher = AllGather()
+        dispatcher = _dispatcher(name)
         ids, mask = torch.from_numpy(own.ids_TK), torch.from_numpy(own.token_mask_T)
         sent, state = dispatcher.dispatch(x, weights, ids, mask, E)
-        (sent.x_SD * torch.from_numpy(dx[rank]).to(kind)).sum().backward(retain_graph=True)
+        (sent.x_SD * torch.from_numpy(dx[rank][here]).to(kind)).sum().backward(retain_graph=True)
         (sent.weights_SK * (rank + 1)).sum().backward()
-        y_SD = torch.from_numpy(outputs[rank]).to(accumulate).requires_grad_()
+        y_SD = torch.from_numpy(outputs[rank][here]).to(accumulate).requires_grad_()
         y = dispatcher.combine(y_SD, state)
         y.backward(x.detach() + 1)
-        found[dtype] = [*(value.detach() for value in (*sent, y)), x.grad, weights.grad, y_SD.grad]
+        wide = _dispatcher(name, combine_dtype="float32").combine(y_SD, state)
+        found[name, dtype] = [*(value.detach() for value in (*sent, y)), x.grad, weights.grad, y_SD.grad, wide.detach()]
     return found
 
 
 @cache
-def _outcomes(lengths: tuple[int, ...]) -> list[dict[str, list[torch.Tensor]]]:
+def _outcomes(lengths: tuple[int, ...]) -> list[dict[tuple[str, str], list[torch.Tensor]]]:
     return ranks.run(_dispatched, len(lengths), lengths)
 
 
@@ -137,38 +160,53 @@ def _equal(found: torch.Tensor, wanted: np.ndarray, dtype: torch.dtype) -> None:
 
 
 @over_ranks
+@kinds
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_gather_dispatch_gives_every_rank_what_the_reference_does(lengths: tuple[int, ...], dtype: str) -> None:
-    kind = getattr(torch, dtype)
-    wanted = reference.dispatch(_drawn(lengths)[0], E)
-    for want, outcome in zip(wanted, _outcomes(lengths), strict=True):
-        x_SD, weights_SK, ids_SK, *_ = outcome[dtype]
-        _equal(x_SD, want.x_TD, kind)
-        _equal(weights_SK, want.weights_TK, torch.promote_types(kind, torch.float32))
-        _equal(ids_SK, np.where(want.token_mask_T[:, None], want.ids_TK, E // len(lengths)), torch.int32)
+def test_dispatch_gives_every_rank_what_the_reference_does(lengths: tuple[int, ...], kind: str, dtype: str) -> None:
+    wanted, here, own = reference.dispatch(_drawn(lengths)[0], E), _here(lengths, kind), getattr(torch, dtype)
+    for want, mine, outcome in zip(wanted, here, _outcomes(lengths), strict=True):
+        x_SD, weights_SK, ids_SK, *_ = outcome[kind, dtype]
+        _equal(x_SD, want.x_TD[mine], own)
+        _equal(weights_SK, want.weights_TK[mine], torch.promote_types(own, torch.float32))
+        ids = np.where(want.token_mask_T[:, None], want.ids_TK, E // len(lengths))
+        _equal(ids_SK, ids[mine], torch.int32)
+
+
+def test_alltoall_sends_no_token_to_a_rank_without_a_route_for_it() -> None:
+    sent = [own.sum() for lengths in LENGTHS for own in _here(lengths, "alltoall")]
+    most = [len(own) for lengths in LENGTHS for own in _here(lengths, "alltoall")]
+    assert 0 < sum(sent) < 0.7 * sum(most)
 
 
 @over_ranks
+@kinds
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_gather_combine_rounds_the_sum_over_ranks_once(lengths: tuple[int, ...], dtype: str) -> None:
-    wanted = reference.combine(list(lengths), _drawn(lengths)[1])
-    for want, outcome in zip(wanted, _outcomes(lengths), strict=True):
-        _equal(outcome[dtype][3], want, getattr(torch, dtype))
+def test_combine_rounds_each_ranks_part_once_and_their_sum_once(
+    lengths: tuple[int, ...], kind: str, dtype: str
+) -> None:
+    outputs = _made(_drawn(lengths)[1], _here(lengths, kind))
+    short = [torch.from_numpy(part).to(getattr(torch, dtype)).double().numpy() for part in outputs]
+    cases = [(7, outputs)] if dtype != "float64" else []  # combine_dtype="float32": the sum alone
+    for place, parts in [(3, short), *cases]:
+        wanted = reference.combine(list(lengths), parts)
+        for want, outcome in zip(wanted, _outcomes(lengths), strict=True):
+            _equal(outcome[kind, dtype][place], want, getattr(torch, dtype))
 
 
 @over_ranks
+@kinds
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_gather_gradients_are_sums_over_ranks_rounded_once(lengths: tuple[int, ...], dtype: str) -> None:
-    kind, n = getattr(torch, dtype), len(lengths)
+def test_dispatch_gradients_are_sums_over_ranks_rounded_once(lengths: tuple[int, ...], kind: str, dtype: str) -> None:
+    own, n, here = getattr(torch, dtype), len(lengths), _here(lengths, kind)
     tokens, _, dx = _drawn(lengths)
     dweights = [np.full((sum(lengths), K), rank + 1.0) for rank in range(n)]
-    wanted = reference.dispatch_vjp(list(lengths), dx, dweights)
-    dy_SD = reference.combine_vjp([own.x_TD + 1 for own in tokens])
+    wanted = reference.dispatch_vjp(list(lengths), _made(dx, here), _made(dweights, here))
+    dy_SD = reference.combine_vjp([rank.x_TD + 1 for rank in tokens])
     for rank, outcome in enumerate(_outcomes(lengths)):
-        *_, found_dx, found_dweights, found_dy = outcome[dtype]
-        _equal(found_dx, wanted[rank][0], kind)
-        _equal(found_dweights, wanted[rank][1], kind)
-        _equal(found_dy, dy_SD[rank], torch.promote_types(kind, torch.float32))
+        *_, found_dx, found_dweights, found_dy, _ = outcome[kind, dtype]
+        _equal(found_dx, wanted[rank][0], own)
+        _equal(found_dweights, wanted[rank][1], own)
+        _equal(found_dy, dy_SD[rank][here[rank]], torch.promote_types(own, torch.float32))
 
 
 def test_the_drawn_sums_are_inexact_in_16_bits() -> None:
@@ -181,9 +219,9 @@ def test_the_drawn_sums_are_inexact_in_16_bits() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- all ranks together
-def _collectives() -> tuple[list[list[str]], list[list[str]]]:
+def _collectives(kind: str) -> tuple[list[list[str]], list[list[str]]]:
     """Names of the collectives in the order in which this rank enters them, forward and backward, of four cases."""
-    from moebius.torch_frontend import dispatch_allgather as module
+    from moebius.torch_frontend import dispatch_allgather, dispatch_ranks
 
     log: list[str] = []
 
@@ -194,8 +232,9 @@ def _collectives() -> tuple[list[list[str]], list[list[str]]]:
 
         return call
 
-    module._all_gather = logged(module._all_gather, "gather")
-    dist.all_to_all_single = logged(dist.all_to_all_single, "sum")
+    gather = logged(dispatch_ranks.all_gather, "gather")
+    dispatch_ranks.all_gather = dispatch_allgather.all_gather = gather
+    dist.all_to_all_single = logged(dist.all_to_all_single, "exchange")
     forward, backward = [], []
     for lengths, ids, masked, wanted in [
         ((5, 0), 0, False, True),
@@ -205,7 +244,7 @@ def _collectives() -> tuple[list[list[str]], list[list[str]]]:
     ]:
         t = lengths[dist.get_rank()]
         x, weights = torch.ones(t, D, requires_grad=wanted), torch.ones(t, K, requires_grad=True)
-        dispatcher = module.AllGather()
+        dispatcher = _dispatcher(kind)
         mask = torch.full((t,), not masked)
         sent, state = dispatcher.dispatch(x, weights, torch.full((t, K), ids), mask, E)
         y = dispatcher.combine(sent.x_SD * sent.weights_SK.sum(1, keepdim=True), state)
@@ -219,9 +258,16 @@ def _collectives() -> tuple[list[list[str]], list[list[str]]]:
 
 
 def test_all_gather_enters_the_same_collectives_on_every_rank_whatever_the_tokens() -> None:
-    for forward, backward in ranks.run(_collectives, 2):
-        assert forward == [["gather", "gather", "gather", "sum"]] * 4
-        assert backward == [["gather", "sum", "sum"]] * 3 + [["gather", "sum"]]
+    for forward, backward in ranks.run(_collectives, 2, "allgather"):
+        assert forward == [["gather", "gather", "gather", "exchange"]] * 4
+        assert backward == [["gather", "exchange", "exchange"]] * 3 + [["gather", "exchange"]]
+
+
+def test_alltoall_enters_the_same_collectives_on_every_rank_and_none_where_nobody_sends() -> None:
+    for forward, backward in ranks.run(_collectives, 2, "alltoall"):
+        whole = ["gather", "exchange", "exchange", "exchange"]
+        assert forward == [whole, whole, ["gather"], whole]
+        assert backward == [["exchange"] * 3] * 2 + [[]] + [["exchange"] * 2]
 
 
 def _functions() -> dict[str, object]:

@@ -5,7 +5,6 @@ All ranks' tokens together are one problem, so what the ranks return, put togeth
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from sides import Arrays, Problem, cached_problem
+from sides import Arrays, Problem, cached_problem, reference_over_ranks
 
-from moebius.core import BackendConfig, reference
-from moebius.core.precision import EXACT, Arithmetic
+from moebius.core import BackendConfig
 from moebius.core.tolerance import Bound, bounds, within
 from moebius.torch_frontend import load_parameters
 from moebius.torch_frontend.grouped_experts import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
@@ -66,7 +64,8 @@ MODULES: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "GroupedExperts": (GroupedExperts, (), {"experts": "loop"}),
     "grouped_mm": (GroupedExperts, (), {"experts": "grouped_mm", "dispatcher": "torch"}),
     "double_backward": (GroupedExperts, (), {"experts": "loop", "double_backward": True}),
-    "DeepEP": (GroupedExpertsDeepEP, ("allgather",), {"experts": "loop"}),
+    "alltoall": (GroupedExperts, (), {"experts": "loop", "dispatcher": "alltoall"}),
+    "DeepEP": (GroupedExpertsDeepEP, ("alltoall",), {"experts": "loop", "combine_dtype": "float32"}),
     "TE": (GroupedExpertsTE, ("allgather",), {"experts": "loop"}),
 }
 
@@ -97,7 +96,7 @@ def _computed(lengths: tuple[int, ...]) -> dict[Any, dict[str, torch.Tensor]]:
     found = {}
     for name in _names(lengths):
         for module in MODULES:
-            if name in ("float32", "bfloat16") or module == "GroupedExperts":
+            if name in ("float32", "bfloat16") or module in ("GroupedExperts", "alltoall"):
                 found[name, module] = _one(_problem(lengths, name), lengths, mesh, module, "plain")
     for manner in _manners(lengths):
         found[manner, "GroupedExperts"] = _one(_problem(lengths, "float32"), lengths, mesh, "GroupedExperts", manner)
@@ -166,33 +165,8 @@ def _whole(lengths: tuple[int, ...], name: str, module: str = "GroupedExperts") 
 @cache
 def _expected(lengths: tuple[int, ...], name: str) -> tuple[Arrays, dict[str, Bound]]:
     p = _problem(lengths, name)
-    exact = _reference(p, lengths)
-    return exact, bounds(lambda arithmetic: _reference(p, lengths, arithmetic), exact, p.dtype)
-
-
-def _reference(p: Problem, lengths: tuple[int, ...], arithmetic: Arithmetic = EXACT) -> Arrays:
-    """The reference with a list of ranks."""
-    n = len(lengths)
-    cuts, e = np.cumsum(lengths)[:-1], E // n
-    columns = (np.split(column, cuts) for column in (p.x, p.weights, p.ids, p.token_mask))
-    own = [
-        reference.Tokens(x_TD=x, weights_TK=weights, ids_TK=ids, token_mask_T=mask)
-        for x, weights, ids, mask in zip(*columns, strict=True)
-    ]
-    config = replace(p.config, n_routed_experts=e, n_activated_experts=min(e, p.ids.shape[1]))
-    held = [{name: value[r * e : (r + 1) * e] for name, value in p.parameters.items()} for r in range(n)]
-    traces = [
-        reference.experts(t.x_TD, t.token_mask_T, t.weights_TK, t.ids_TK, held[rank], config, arithmetic)
-        for rank, t in enumerate(reference.dispatch(own, E))
-    ]
-    y = reference.combine(list(lengths), [trace.y_TD for trace in traces], arithmetic)
-    dy = reference.combine_vjp(np.split(p.dy, cuts))
-    back = [reference.experts_vjp(traces[r], held[r], config, dy[r], arithmetic) for r in range(n)]
-    dx, dweights, grads = zip(*back, strict=True)
-    sent = reference.dispatch_vjp(list(lengths), list(dx), list(dweights), arithmetic)
-    found = {"y": np.concatenate(y), "dx": np.concatenate([r[0] for r in sent])}
-    found["dweights"] = np.concatenate([r[1] for r in sent])
-    return found | {name: np.concatenate([g[name] for g in grads]) for name in p.parameters}
+    exact = reference_over_ranks(p, lengths)
+    return exact, bounds(lambda arithmetic: reference_over_ranks(p, lengths, arithmetic), exact, p.dtype)
 
 
 def _assert_within(found: dict[str, torch.Tensor], exact: Arrays, limits: dict[str, Bound]) -> None:
@@ -210,11 +184,9 @@ def _assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 # --------------------------------------------------------------------------------------------------------------- tests
 @pytest.mark.parametrize("lengths, name", [(lengths, name) for lengths in LENGTHS for name in _names(lengths)], ids=str)
 def test_experts_over_ranks_agree_with_reference(lengths: tuple[int, ...], name: str) -> None:
-    if name == "poison":
-        exact, limits = _expected(lengths, "masked")
-    else:
-        exact, limits = _expected(lengths, name)
-    _assert_within(_whole(lengths, name), exact, limits)
+    due = _expected(lengths, "masked" if name == "poison" else name)
+    for module in ("GroupedExperts", "alltoall"):
+        _assert_within(_whole(lengths, name, module), *due)
 
 
 @over_ranks
@@ -245,7 +217,14 @@ def test_experts_over_ranks_recomputed_or_compiled_equal_plain(lengths: tuple[in
 
 @pytest.mark.parametrize("lengths", [(3, 2), (5, 0), (4, 1, 0, 3)], ids=str)
 def test_experts_over_ranks_with_poison_in_a_masked_token_are_unchanged_bit_for_bit(lengths: tuple[int, ...]) -> None:
-    _assert_equal(_whole(lengths, "poison"), _whole(lengths, "masked"))
+    for module in ("GroupedExperts", "alltoall"):
+        _assert_equal(_whole(lengths, "poison", module), _whole(lengths, "masked", module))
+
+
+@over_ranks
+@pytest.mark.parametrize("name", ["k_3", "bfloat16"])
+def test_alltoall_has_the_outputs_of_allgather_bit_for_bit(lengths: tuple[int, ...], name: str) -> None:
+    torch.testing.assert_close(*(_whole(lengths, name, m)["y"] for m in ("GroupedExperts", "alltoall")), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("lengths", [(3, 2), (5, 0), (4, 1, 0, 3)], ids=str)
