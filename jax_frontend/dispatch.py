@@ -73,14 +73,19 @@ class Local:
         n_experts: int,
     ) -> tuple[Sent, None]:
         """Promote the weights; a masked token, -1 and any id outside [0, n_experts) becomes n_experts: no route."""
-        here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
-        # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
-        ids_TK = jnp.where(here_TK, ids_TK, n_experts).astype(jnp.int32)
+        ids_TK = routed(ids_TK, token_mask_T, n_experts, n_experts)
         return Sent(x_TD, promoted(weights_TK, x_TD.dtype), ids_TK), None
 
     def combine(self, y_SD: Float[Array, "S D"], state: None) -> Array:
         """`y_SD` itself."""
         return y_SD
+
+
+def routed(ids_TK: Int[Array, "T K"], token_mask_T: Bool[Array, " T"], n_experts: int, no_route: int) -> Array:
+    """int32 ids, with `no_route` for a masked token, -1 and any id outside [0, n_experts)."""
+    here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
+    # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
+    return jnp.where(here_TK, ids_TK, no_route).astype(jnp.int32)
 
 
 def _not_over_ranks(problem: Problem) -> str | None:

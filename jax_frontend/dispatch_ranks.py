@@ -1,0 +1,101 @@
+"""What the dispatchers over several ranks share: dispatch and combine round a transport of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from moebius.core.errors import ConfigError
+from moebius.jax_frontend.dispatch import Sent, routed
+from moebius.jax_frontend.dtypes import promoted
+from moebius.jax_frontend.transport import Layout, axis_size, collect, spread, varying
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+class Spread(NamedTuple):
+    """What `combine` needs: where tokens went, like what the output is to be, and how many routes found no room.
+
+    Attributes:
+        layout: of the transport. like: [] in x's dtype. dropped_T: int32, of each token.
+    """
+
+    layout: Layout
+    like: Array
+    dropped_T: Int[Array, " T"]
+
+
+@dataclass(frozen=True)
+class OverRanks:
+    """A dispatcher over the devices along one axis of a mesh; its subclasses say how tokens travel.
+
+    A token's weights and ids travel with it. Spec: core.reference.dispatch.
+
+    Args:
+        axis: of the mesh, inside of jax.shard_map. combine_dtype: in which each rank's part of the output travels,
+            None for x's: rounded once more than on one rank.
+    """
+
+    axis: str
+    combine_dtype: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Devices along the axis."""
+        return axis_size(self.axis)
+
+    @property
+    def rank(self) -> Any:
+        """This device's place on the axis: traced."""
+        return lax.axis_index(self.axis)
+
+    def dispatch(
+        self,
+        x_TD: Float[Array, "T D"],
+        weights_TK: Float[Array, "T K"],
+        ids_TK: Int[Array, "T K"],
+        token_mask_T: Bool[Array, " T"],
+        n_experts: int,
+    ) -> tuple[Sent, Spread]:
+        """Tokens of all ranks with routes to this one's experts, ids counted from the first of them, e for no route.
+
+        Raises:
+            ConfigError: the ranks do not divide the experts, or there is no such axis.
+        """
+        e = self._held(n_experts)
+        ids_TK = routed(ids_TK, token_mask_T, n_experts, -1)
+        x_TD, weights_TK, ids_TK = varying(self.axis, x_TD, promoted(weights_TK, x_TD.dtype), ids_TK)
+        layout, dropped_T = self.layout(ids_TK, e)
+        # Zeros are what comes in rows without a token: no id, and so no route.
+        ids_SK = self.send(ids_TK + 1, layout) - 1 - lax.axis_index(self.axis).astype(jnp.int32) * e
+        ids_SK = jnp.where((ids_SK >= 0) & (ids_SK < e), ids_SK, e)
+        sent = Sent(spread(self, x_TD, layout), spread(self, weights_TK, layout), ids_SK)
+        return sent, Spread(layout, jnp.zeros((), x_TD.dtype), dropped_T)
+
+    def combine(self, y_SD: Float[Array, "S D"], state: Spread) -> Array:
+        """[T, D]: each of this rank's tokens, its parts added promoted in the order of the ranks, rounded once."""
+        dtype = state.like.dtype
+        return collect(self, dtype, y_SD.astype(self.combine_dtype or dtype), state.layout)
+
+    def layout(self, ids_TK: Int[Array, "T K"], e: int) -> tuple[Layout, Array]:
+        """Where tokens go, and [T] int32 how many of their routes find no room; ids in [0, E), -1 for none."""
+        raise NotImplementedError
+
+    def send(self, x: Array, layout: Layout) -> Array:
+        """See Transport."""
+        raise NotImplementedError
+
+    def back(self, y: Array, layout: Layout) -> Array:
+        """See Transport."""
+        raise NotImplementedError
+
+    def _held(self, n_experts: int) -> int:
+        e, rest = divmod(n_experts, self.ranks)
+        if rest:
+            do = "use a number of ranks that divides the experts"
+            raise ConfigError(f"{n_experts} experts over {self.ranks} ranks", f"{rest} left over", do)
+        return e
