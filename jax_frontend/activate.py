@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,10 +39,17 @@ def activate(hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] |
 
 
 def activated(
-    hidden_RU: Float[Array, "R U"], row_weights_R: Float[Array, " R"] | None, activation: Activation
+    hidden_RU: Float[Array, "R U"],
+    row_weights_R: Float[Array, " R"] | None,
+    activation: Activation,
+    wide: Callable[[Array], Array] = promoted,
 ) -> Array:
-    """`activate` for a backward pass that wants its value and its gradients in one go, and checks nothing."""
-    gate_RI, up_RI = _halves(promoted(hidden_RU), activation)
+    """`activate` without checks, and for its gradients everything kept: for a rule that keeps less by itself.
+
+    Args:
+        wide: dtypes.promoted, or dtypes.widened where that does.
+    """
+    gate_RI, up_RI = _halves(wide(hidden_RU), activation)
     if activation.limit is not None:
         gate_RI = _below(gate_RI, activation.limit)
     act_RI = _curve(gate_RI, activation)

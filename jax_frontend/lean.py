@@ -15,7 +15,7 @@ Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial as bind
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -29,13 +29,13 @@ from jax.interpreters import ad, batching, mlir
 from moebius.core.activations import Activation
 from moebius.core.config import MoEConfig
 from moebius.core.errors import Unsupported
-from moebius.jax_frontend.activate import activate, activated
+from moebius.jax_frontend.activate import activated
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.dispatch import Sent
-from moebius.jax_frontend.dtypes import promoted
+from moebius.jax_frontend.dtypes import promoted, widened
 from moebius.jax_frontend.matmul import choose, product, weight_gradient
 from moebius.jax_frontend.operators import alike
-from moebius.jax_frontend.permute import PermuteState, permute
+from moebius.jax_frontend.permute import PermuteState, sort_routes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -112,13 +112,15 @@ def lean(
 def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weights, how: How) -> tuple[Array, Kept]:
     """(y_SD, what `backward` needs)."""
     sent = Sent(x_SD, weights_SK, ids_SK)
-    rows_RD, row_weights_R, group_sizes_e, row_experts_R, state = permute(sent, w.down_eID.shape[0])
+    _, row_weights_R, group_sizes_e, row_experts_R, state = sort_routes(sent, w.down_eID.shape[0])
+    rows_RD = _gather_rows(x_SD, state)
     before_R, after_R = (None, row_weights_R) if how.after else (row_weights_R, None)
     hidden_RU = checkpoint_name(_hidden(rows_RD, w, group_sizes_e, row_experts_R, how), "moe_hidden")
-    act_RI = checkpoint_name(activate(hidden_RU, before_R, how.activation), "moe_act")
+    act_RI = checkpoint_name(activated(hidden_RU, before_R, how.activation, _wide(w.up_bias_eU)), "moe_act")
     out_RD = product(how.down_backend, act_RI, w.down_eID, group_sizes_e, raw=True)
     out_RD = add_bias(out_RD, w.down_bias_eD, row_experts_R, before_R)
-    y_SD = checkpoint_name(_sum_slots(out_RD, state, group_sizes_e, after_R, partial=how.partial), "moe_y")
+    wide = _wide(w.down_bias_eD)
+    y_SD = checkpoint_name(_sum_slots(out_RD, state, group_sizes_e, after_R, wide, partial=how.partial), "moe_y")
     kept = Kept(
         x_SD=x_SD,
         hidden_RU=None if how.remat == "full" else hidden_RU,
@@ -140,14 +142,15 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
     state = PermuteState(slot_of_row_R, row_of_slot_SK)
     only = bind(_only_routed, end=jnp.sum(group_sizes_e, dtype=jnp.int32))
     rows_RD = only(_gather_rows(x_SD, state))
+    wide = widened if hidden_RU is not None else _wide(w.up_bias_eU)
     if hidden_RU is None:
         hidden_RU = _hidden(rows_RD, w, group_sizes_e, row_experts_R, how)
     dout_RD = only(_gather_rows(dy_SD.astype(x_SD.dtype), state))
-    again_RI, activate_vjp = jax.vjp(lambda h, w: activated(h, w, how.activation), hidden_RU, row_weights_R)
+    again_RI, activate_vjp = jax.vjp(lambda h, w: activated(h, w, how.activation, wide), hidden_RU, row_weights_R)
     if act_RI is None:
         act_RI = again_RI
     elif how.after:
-        act_RI = (promoted(act_RI) * row_weights_R[:, None]).astype(act_RI.dtype)
+        act_RI = (widened(act_RI) * row_weights_R[:, None]).astype(act_RI.dtype)
     ddown_eID = weight_gradient(how.down_backend, only(act_RI), dout_RD, group_sizes_e, raw=True)
     dact_RI = product(how.down_backend, dout_RD, w.down_eID, group_sizes_e, transposed=True, raw=True)
     dhidden_RU, drow_weights_R = activate_vjp(dact_RI)
@@ -170,6 +173,11 @@ def _hidden(rows_RD: Array, w: Weights, group_sizes_e: Array, row_experts_R: Arr
     return hidden_RU if row_experts_R is None else add_bias(hidden_RU, w.up_bias_eU, row_experts_R)
 
 
+def _wide(bias: Array | None) -> Callable[[Array], Array]:
+    """How a product, its bias added, is widened: XLA sees the sum's rounding, and a kernel's not."""
+    return widened if bias is None else promoted
+
+
 def _gather_rows(x_SD: Float[Array, "S D"], state: PermuteState) -> Array:
     """[R, D]: each row's token."""
     return _take(x_SD, state.slot_of_row_R // max(state.row_of_slot_SK.shape[1], 1))
@@ -186,12 +194,13 @@ def _sum_slots(
     state: PermuteState,
     group_sizes_e: Int[Array, " e"],
     row_weights_R: Float[Array, " R"] | None = None,
+    wide: Callable[[Array], Array] = widened,
     *,
     partial: bool = False,
 ) -> Array:
     """`unpermute` of rows that may hold anything past the end."""
     end = jnp.sum(group_sizes_e, dtype=jnp.int32)
-    dtype, out_RD = out_RD.dtype, promoted(out_RD)
+    dtype, out_RD = out_RD.dtype, wide(out_RD)
     if row_weights_R is not None:
         out_RD = out_RD * row_weights_R[:, None]
     inside_SK1 = (state.row_of_slot_SK < end)[..., None]

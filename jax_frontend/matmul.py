@@ -36,7 +36,8 @@ class Kernels(NamedTuple):
     """One backend of the grouped matmul, for at least one row and one expert.
 
     Functions of their arguments alone, which JAX can trace: a trace is kept for the next call of the same shapes, and
-    lowered later than it is made, so that a context in force at the call may be gone.
+    lowered later than it is made, so that a context in force at the call may be gone. What they return is rounded out
+    of XLA's sight, which might leave the rounding out where a cast back follows: see dtypes.widened.
 
     Attributes:
         product: (rows [R, D], weight [e, D, F], group_sizes [e], transposed) -> [R, F]; rows past the end zero.

@@ -40,4 +40,6 @@ def _ragged_dot(
     out = lax.ragged_dot_general(
         a, b, group_sizes, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=accumulate
     )
-    return out.astype(a.dtype)
+    # Behind a barrier, so that its rounding stays: see Kernels.
+    rounded: Array = lax.optimization_barrier(out.astype(a.dtype))
+    return rounded

@@ -98,6 +98,7 @@ NAMES = {
     ("permute.py", "sort_routes"): _RAW,
     ("permute.py", "gather_rows"): _RAW,
     ("permute.py", "sum_slots"): _RAW,
+    ("dtypes.py", "widened"): "jax: where XLA could not leave a rounding out; PyTorch leaves none out",
     ("dtypes.py", "autocast"): "torch: JAX has no autocast",
     ("dtypes.py", "computed"): "torch: JAX has no autocast",
     ("dtypes.py", "on"): "torch: JAX has no current device that a package launches on",
