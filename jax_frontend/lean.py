@@ -269,7 +269,8 @@ def _sum_blocks(values_RF: Float[Array, "R F"], sizes_e: Int[Array, " e"], block
 
 
 def _take(array: Array, indices: Array) -> Array:
-    return array.at[indices].get(mode="promise_in_bounds")
+    # asarray: NumPy's arrays come through jax.custom_vjp as they are.
+    return jnp.asarray(array).at[indices].get(mode="promise_in_bounds")
 
 
 @bind(jax.custom_vjp, nondiff_argnums=(0,))
