@@ -8,7 +8,7 @@ ranks' parts are added promoted and rounded once. Both run inside of jax.shard_m
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Layout = Any  # a pytree of integer arrays
 
 
+@runtime_checkable
 class Transport(Protocol):
     """How rows travel; hashable, compared by value."""
 

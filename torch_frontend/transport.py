@@ -8,7 +8,7 @@ calls in the same order, backward passes included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Layout = Any  # of a transport
 
 
+@runtime_checkable
 class Transport(Protocol):
     """How rows travel."""
 
