@@ -29,7 +29,8 @@ class Row:
     """A candidate of the tables.
 
     Attributes:
-        kind: "ours" and "peer" enter the ratios, "reference" does not; "torch" is ours on the other framework.
+        kind: "ours" and "peer" enter the ratios, "reference" does not; "torch" is ours on the other framework,
+            "gathers" a composite that a user tuned by hand.
         module: in benchmarks.peers; its `build` takes the problem and `options`.
         default: whether it runs without being named.
         skew: whether it also runs with skewed routing.

@@ -24,7 +24,7 @@ def parser(name: str, description: str | None, rows: Iterable[str]) -> argparse.
     add = made.add_argument
     add("--shapes", nargs="*", choices=list(SHAPES), help="which; all by default")
     add("--only", nargs="*", choices=list(rows), metavar="ROW", help=f"which of {', '.join(rows)}")
-    add("--rounds", type=int, default=2, help="how often each candidate's turn comes (default 2)")
+    add("--rounds", type=int, default=2, help="how often each candidate's turn comes (default %(default)s)")
     add("--json", type=Path, help="write every figure here")
     add("--dry", action="store_true", help="tiny sizes on the CPU: does it run? The figures mean nothing")
     return made
