@@ -4,7 +4,8 @@ JOBS ?= 2
 PYTEST := $(PY) -m pytest -q
 # One thread a worker: workers share the cores, and sums then have one order.
 # A file stays with one worker: what its first test compiles, the next ones reuse.
-SPREAD := OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile
+# JAX compiles thousands of programs of a few numbers each: XLA's own passes as ever, LLVM's optimisations left out.
+SPREAD := OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -n $(JOBS) --dist loadfile
 title = @printf '\n== %s\n' "$(1)"
 
 .NOTPARALLEL:

@@ -19,7 +19,8 @@ from moebius.jax_frontend.experts import steps
 from moebius.jax_frontend.lean import lean
 
 E, K, D, I, T = 4, 2, 16, 8, 23
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+# float16 takes bfloat16's path; tests/cross has it.
+DTYPES = ("float64", "float32", "bfloat16")
 # Summed in another order: blocks of rows instead of one row after the other.
 BIASES = {"gate_up_proj_bias", "down_proj_bias"}
 NAMES = jax.checkpoint_policies.save_only_these_names
