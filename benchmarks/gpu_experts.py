@@ -18,6 +18,7 @@ from benchmarks.gpu_meter import Cuda, Dry
 from benchmarks.gpu_tables import COMPILED, tables
 
 ROWS = {
+    "triton": row("moebius triton", "ours", "ours", skew=True, experts="triton"),
     "grouped_mm": row("moebius grouped_mm", "ours", "ours", skew=True, experts="grouped_mm"),
     "te": row("moebius te", "ours", "ours", skew=True, experts="te"),
     "gmm": row("moebius gmm", "ours", "ours", experts="gmm"),

@@ -7,6 +7,7 @@ bias.py). Nothing here waits for the device and all memory comes from torch: a C
 from __future__ import annotations
 
 import os
+from contextvars import copy_context
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -171,13 +172,66 @@ def dot_rows(
     return dots_R
 
 
+def list_tiles(group_sizes_e: Int[Tensor, " e"], n_rows: int) -> tuple[Tensor, Tensor]:
+    """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows."""
+    e = len(group_sizes_e)
+    tiles_Q4, starts_e = _empty(group_sizes_e, 1 + plan.tiles(n_rows, e), 4), _empty(group_sizes_e, e + 1)
+    run(plan.list_tiles(e), group_sizes_e.contiguous(), tiles_Q4, starts_e)
+    return tiles_Q4, starts_e
+
+
+def grouped_product(
+    rows_RD: Float[Tensor, "R D"], weight: Float[Tensor, "e a b"], tiles_Q4: Int[Tensor, "Q 4"], transposed: bool
+) -> Tensor:
+    """[R, F]: each row times its expert's matrix; rows past the end hold anything.
+
+    Args:
+        rows_RD, weight: contiguous, at addresses that are multiples of 16 bytes. weight is [e, D, F], or [e, F, D]
+            where `transposed`. tiles_Q4: of `list_tiles`.
+    """
+    out_RF = _empty(rows_RD, len(rows_RD), weight.shape[1 if transposed else 2])
+    processors = _processors(rows_RD.device)
+    launch = plan.grouped_product(processors, len(weight), rows_RD.shape[1], out_RF.shape[1], transposed)
+    run(launch, rows_RD, weight, tiles_Q4, len(rows_RD), out_RF)
+    return out_RF
+
+
+def grouped_weight_gradient(
+    rows_RD: Float[Tensor, "R D"], dout_RF: Float[Tensor, "R F"], starts_e: Int[Tensor, " starts"]
+) -> Tensor:
+    """[e, D, F]: each expert's rows^T @ dout; operands as in `grouped_product`, starts of `list_tiles`."""
+    e, D, F = len(starts_e) - 1, rows_RD.shape[1], dout_RF.shape[1]
+    dweight_eDF = _empty(rows_RD, e, D, F)
+    launch = plan.grouped_weight_gradient(_processors(rows_RD.device), e, D, F)
+    run(launch, rows_RD, dout_RF, starts_e, len(rows_RD), dweight_eDF)
+    return dweight_eDF
+
+
 def run(launch: plan.Launch, *arguments: Any) -> None:
     """Play one launch on the device of its first argument."""
     if not launch.programs:
         return
     device = arguments[0].device
     with on(device):
-        _kernel(launch.kernel)[(launch.programs,)](*arguments, **launch.constants, **launch.options())
+        kernel = _kernel(launch.kernel)[(launch.programs,)]
+        if launch.scratch:
+            # In a copy of the context: what the user told Triton to take memory from stays as it is, and the threads of
+            # a backward pass, which see nothing of it, have one too.
+            copy_context().run(_with_scratch, device, kernel, *arguments, **launch.constants, **launch.options())
+        else:
+            kernel(*arguments, **launch.constants, **launch.options())
+
+
+def _with_scratch(device: torch.device, kernel: Any, *arguments: Any, **constants: Any) -> None:
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    kernel(*arguments, **constants)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache

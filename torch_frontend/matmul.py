@@ -250,6 +250,23 @@ def _load_mxfp8() -> Kernels:
     return Kernels(backend.prepare, backend.product, backend.weight_gradient)
 
 
+def _load_triton() -> Kernels:
+    from moebius.torch_frontend import matmul_triton as backend
+
+    return Kernels(backend.Prepared, backend.product, backend.weight_gradient)
+
+
+def _triton_supports(problem: Problem) -> str | None:
+    own = "moebius' grouped products"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"{own} take bfloat16 and float16, not {problem.dtype}"
+    if problem.dim % 8 or problem.inter_dim % 8:
+        return f"{own} take widths that are multiples of 8, not {problem.dim} and {problem.inter_dim}"
+    if problem.capability is not None and problem.capability[0] != 9:
+        return f"{own} are for CUDA compute capability 9.0, not {'.'.join(map(str, problem.capability))}"
+    return _cuda(own, problem, (9, 0))
+
+
 def _grouped_mm_supports(problem: Problem) -> str | None:
     if problem.dtype == "float64":
         return "torch's grouped_mm has no float64"
@@ -325,4 +342,12 @@ BACKENDS.add(
     only_when_named=True,
     note="torchao's prototype; gradients of weights in bfloat16",
 )
-BACKENDS.add_unbuilt("triton")
+BACKENDS.add(
+    name="triton",
+    load=_load_triton,
+    needs=("triton",),
+    install="pip install triton",
+    supports=_triton_supports,
+    only_when_named=True,
+    note="moebius' own kernels for Hopper, in bfloat16 and float16",
+)

@@ -38,7 +38,7 @@ def _excess(width: int, dtype: torch.dtype) -> int:
 
 def _aligned_rows(rows: Tensor) -> Tensor:
     excess = _excess(rows.shape[1], rows.dtype)
-    return F.pad(rows, (0, excess)) if excess else _aligned(rows.contiguous())
+    return F.pad(rows, (0, excess)) if excess else aligned(rows.contiguous())
 
 
 def _aligned_matrices(weight: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ def _aligned_matrices(weight: Tensor) -> Tensor:
     if excess_in or excess_out:
         return F.pad(weight, (0, excess_out, 0, excess_in))
     if weight.mT.is_contiguous():
-        return _aligned(weight.mT).mT
-    return _aligned(weight.contiguous())
+        return aligned(weight.mT).mT
+    return aligned(weight.contiguous())
 
 
-def _aligned(value: Tensor) -> Tensor:
+def aligned(value: Tensor) -> Tensor:
     """`value` itself, or a copy where it starts between 16 bytes, as a view into one flat buffer may."""
     return value.clone() if value.data_ptr() % _STRIDE_BYTES else value

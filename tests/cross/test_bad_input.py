@@ -236,7 +236,8 @@ def test_layers_of_another_frameworks_array_name_the_bridge(side: Side) -> None:
 
 @frontends
 def test_modules_with_a_backend_of_a_later_version_say_so(side: Side) -> None:
-    with pytest.raises(Unsupported, match=r"backend 'triton'.*\nfound: this version does not have it yet"):
+    found = "this version does not have it yet" if side.framework == "jax" else "moebius' grouped products take"
+    with pytest.raises(Unsupported, match=rf"backend 'triton'.*\nfound: {found}"):
         build(side, "GroupedExperts", MoEConfig(**CONFIG), BackendConfig(experts="triton"))
     with pytest.raises(Unsupported, match="linear='te'"):
         build(side, "MoE", MoEConfig(**CONFIG), BackendConfig(linear="te"))
