@@ -43,6 +43,7 @@ ROWS = {
         gathers=True,
     ),
     "jax_ragged_dot": row("JAX composite, lax.ragged_dot", "peer", "composite_jax", product="ragged_dot"),
+    "torch_triton": row("PyTorch triton", "torch", "ours", experts="triton"),
     "torch_grouped_mm": row("PyTorch grouped_mm", "torch", "ours", experts="grouped_mm"),
     "torch_te": row("PyTorch te", "torch", "ours", experts="te"),
     "torch_loop": row("PyTorch loop", "torch", "ours", default=False, experts="loop"),
@@ -97,7 +98,7 @@ def _health(figures: Figures) -> str:
 
 
 def _found(result: dict[str, Any]) -> str:
-    if "errors" not in result:
+    if not result.get("errors"):
         return "-"
     drift = max((result[name]["drift"] for name in PASSES if name in result), default=float("nan"))
     waits = result["host"] or "nothing" if "host" in result else "-"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moebius.core import checks
+from moebius.core.kernels import plan
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend import dtypes
 from moebius.torch_frontend.checks import check_group_sizes
@@ -256,17 +257,6 @@ def _load_triton() -> Kernels:
     return Kernels(backend.Prepared, backend.product, backend.weight_gradient)
 
 
-def _triton_supports(problem: Problem) -> str | None:
-    own = "moebius' grouped products"
-    if problem.dtype not in ("bfloat16", "float16"):
-        return f"{own} take bfloat16 and float16, not {problem.dtype}"
-    if problem.dim % 8 or problem.inter_dim % 8:
-        return f"{own} take widths that are multiples of 8, not {problem.dim} and {problem.inter_dim}"
-    if problem.capability is not None and problem.capability[0] != 9:
-        return f"{own} are for CUDA compute capability 9.0, not {'.'.join(map(str, problem.capability))}"
-    return _cuda(own, problem, (9, 0))
-
-
 def _grouped_mm_supports(problem: Problem) -> str | None:
     if problem.dtype == "float64":
         return "torch's grouped_mm has no float64"
@@ -347,7 +337,7 @@ BACKENDS.add(
     load=_load_triton,
     needs=("triton",),
     install="pip install triton",
-    supports=_triton_supports,
+    supports=plan.against,
     only_when_named=True,
     note="moebius' own kernels for Hopper, in bfloat16 and float16",
 )

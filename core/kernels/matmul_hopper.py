@@ -25,6 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# As Triton 3.6 calls them, and as it does later.
+_fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_put = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @gluon.jit(do_not_specialize=["R"])
 def product(
@@ -91,13 +95,13 @@ def _copy(copied: gl.tuple, shape: gl.constexpr) -> None:
             mbarrier.wait(empty.index(at), ((step // STAGES) & 1) ^ 1)
             ready = full.index(at)
             mbarrier.expect(ready, rows_desc.block_type.nbytes * 2 + weight_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(rows_desc, [row, deep], ready, rows_bufs.index(2 * at))
-            tma.async_copy_global_to_shared(rows_desc, [row + 64, deep], ready, rows_bufs.index(2 * at + 1))
+            _fetch(rows_desc, [row, deep], ready, rows_bufs.index(2 * at))
+            _fetch(rows_desc, [row + 64, deep], ready, rows_bufs.index(2 * at + 1))
             if TRANSPOSED:
                 place = [expert, block * COLS, deep]
             else:
                 place = [expert, deep, block * COLS]
-            tma.async_copy_global_to_shared(weight_desc, place, ready, weight_bufs.index(at))
+            _fetch(weight_desc, place, ready, weight_bufs.index(at))
             step += 1
 
 
@@ -141,7 +145,7 @@ def _multiply(given: gl.tuple, HALF: gl.constexpr, shape: gl.constexpr) -> None:
             tma.store_wait(0)  # of the tile before: the buffer is free
             out_buf.store(total.to(out_desc.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(out_desc, [row, block * COLS], out_buf)
+            _put(out_desc, [row, block * COLS], out_buf)
         elif row < end:
             own = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
             cols = block * COLS + gl.arange(0, COLS, gl.SliceLayout(0, layout))
@@ -212,9 +216,9 @@ def _copy_rows(copied: gl.tuple, shape: gl.constexpr) -> None:
             mbarrier.wait(empty.index(at), ((step // STAGES) & 1) ^ 1)
             ready = full.index(at)
             mbarrier.expect(ready, rows_desc.block_type.nbytes * 2 + dout_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(rows_desc, [row, down * 128], ready, rows_bufs.index(2 * at))
-            tma.async_copy_global_to_shared(rows_desc, [row, down * 128 + 64], ready, rows_bufs.index(2 * at + 1))
-            tma.async_copy_global_to_shared(dout_desc, [row, across * COLS], ready, dout_bufs.index(at))
+            _fetch(rows_desc, [row, down * 128], ready, rows_bufs.index(2 * at))
+            _fetch(rows_desc, [row, down * 128 + 64], ready, rows_bufs.index(2 * at + 1))
+            _fetch(dout_desc, [row, across * COLS], ready, dout_bufs.index(at))
             step += 1
 
 
@@ -267,7 +271,7 @@ def _multiply_rows(given: gl.tuple, HALF: gl.constexpr, shape: gl.constexpr) -> 
         tma.store_wait(0)
         out_buf.reshape([64, COLS]).store(out)
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [expert, down * 128 + 64 * HALF, across * COLS], out_buf)
+        _put(out_desc, [expert, down * 128 + 64 * HALF, across * COLS], out_buf)
     tma.store_wait(0)
 
 

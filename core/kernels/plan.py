@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from moebius.core.activations import Activation
+from moebius.core.registry import Problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,6 +201,20 @@ def dot_rows(n_rows: int, n_experts: int, width: int) -> Launch:
         programs=_blocks(n_rows, rows),
         constants={"E": n_experts, "F": width, "ROWS": rows, "COLS": columns, "STAGES": 2},
     )
+
+
+def against(problem: Problem) -> str | None:
+    """Why the grouped products do not serve, in words; None where they do."""
+    own = "moebius' grouped products"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"{own} take bfloat16 and float16, not {problem.dtype}"
+    if problem.dim % 8 or problem.inter_dim % 8:
+        return f"{own} take widths that are multiples of 8, not {problem.dim} and {problem.inter_dim}"
+    if problem.device not in ("cuda", "meta"):  # what is on the meta device may come to any
+        return f"{own} compute on CUDA, not on {problem.device}"
+    if problem.capability is not None and problem.capability[0] != 9:
+        return f"{own} are for CUDA compute capability 9.0, not {'.'.join(map(str, problem.capability))}"
+    return None
 
 
 def tiles(n_rows: int, n_experts: int) -> int:
