@@ -84,7 +84,8 @@ STEPS: tuple[Step, ...] = (
     Step(name="activation x weight", computes="accumulate", rounds_to="x"),
     Step(name="down", computes="accumulate", rounds_to="x"),
     Step(name="down bias x weight", computes="accumulate", rounds_to="x"),
-    Step(name="unpermute", computes="accumulate", rounds_to="x"),
+    Step(name="unpermute", computes="accumulate", rounds_to="x; of several ranks each part to combine_dtype, else x"),
+    Step(name="combine", computes="accumulate", rounds_to="x; of one rank nothing is left to round"),
 )
 
 

@@ -58,9 +58,16 @@ def dispatch_vjp(
     return list(zip(np.split(dx_SD, cuts), np.split(dweights_SK, cuts), strict=True))
 
 
-def combine(lengths: list[int], y: list[np.ndarray], arithmetic: Arithmetic = EXACT) -> list[np.ndarray]:
-    """Add the ranks' outputs [S, D] and give each rank its own tokens' rows."""
-    return np.split(arithmetic.store(np.sum(y, axis=0)), np.cumsum(lengths)[:-1])
+def combine(
+    lengths: list[int], y: list[np.ndarray], arithmetic: Arithmetic = EXACT, wire: str | None = None
+) -> list[np.ndarray]:
+    """Add the ranks' outputs [S, D] and give each rank its own tokens' rows.
+
+    Args:
+        y: of `experts` with `partial`. wire: the dtype that each part is rounded to on its way, None for the tokens'.
+    """
+    parts = [arithmetic.store(part, wire) for part in y]
+    return np.split(arithmetic.store(arithmetic.sum(np.stack(parts), axis=0)), np.cumsum(lengths)[:-1])
 
 
 def combine_vjp(dy: list[np.ndarray]) -> list[np.ndarray]:

@@ -44,12 +44,15 @@ def experts(
     parameters: Mapping[str, np.ndarray],
     config: MoEConfig,
     arithmetic: Arithmetic = EXACT,
+    *,
+    partial: bool = False,
 ) -> ExpertsTrace:
     """The experts' output for each token, with every stage on the way.
 
     Args:
         parameters: `gate_and_up_projs` [E, D, U], `down_projs` [E, I, D] and, with biases, `gate_up_proj_bias` [E, U]
             and `down_proj_bias` [E, D].
+        partial: other ranks hold the rest of the sum: `combine` rounds it.
     """
     permuted = permute(x_TD, weights_TK, ids_TK, token_mask_T, config.n_routed_experts)
     sizes, before, after = permuted.group_sizes_e, *_placed(permuted, config)
@@ -58,7 +61,7 @@ def experts(
     act_RI = activate(hidden_RU, before, config.activation, arithmetic)
     out_RD = grouped_matmul(act_RI, parameters["down_projs"], sizes, arithmetic)
     out_RD = add_bias(out_RD, parameters.get("down_proj_bias"), sizes, before, arithmetic)
-    y_TD = unpermute(out_RD, permuted, after, arithmetic)
+    y_TD = unpermute(out_RD, permuted, after, arithmetic, partial=partial)
     return ExpertsTrace(permuted=permuted, hidden_RU=hidden_RU, act_RI=act_RI, out_RD=out_RD, y_TD=y_TD)
 
 

@@ -76,12 +76,19 @@ def unpermute(
     state: Permuted,
     row_weights_R: Float[np.ndarray, " R"] | None = None,
     arithmetic: Arithmetic = EXACT,
+    *,
+    partial: bool = False,
 ) -> np.ndarray:
-    """Sum each token's rows, weighted where weights are given; a token without routes gets zeros."""
+    """Sum each token's rows, weighted where weights are given; a token without routes gets zeros.
+
+    Args:
+        partial: other ranks hold the rest of the sum: do not round yet.
+    """
     slots_TKD = np.zeros((*state.shape_TK, out_RD.shape[-1]))
     weighted_RD = out_RD if row_weights_R is None else out_RD * row_weights_R[:, None]
     slots_TKD[state.tokens_R, state.slots_R] = weighted_RD
-    return arithmetic.store(arithmetic.sum(slots_TKD, axis=1))
+    summed_TD = arithmetic.sum(slots_TKD, axis=1)
+    return summed_TD if partial else arithmetic.store(summed_TD)
 
 
 def unpermute_vjp(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moebius.core import MoEConfig, layout, reference
+from moebius.core.precision import Noise
 from moebius.core.reference import Tokens
 
 E, K, D, T = 4, 2, 6, 7
@@ -206,7 +207,7 @@ def over_ranks(layer, counts):
     config = MoEConfig(n_routed_experts=held, n_activated_experts=1, dim=D, moe_inter_dim=5, expert_bias=True)
     parts = [{k: v[r * held : (r + 1) * held] for k, v in layer.parameters.items()} for r in range(n)]
     traces = [
-        reference.experts(sent.x_TD, sent.token_mask_T, sent.weights_TK, sent.ids_TK, part, config)
+        reference.experts(sent.x_TD, sent.token_mask_T, sent.weights_TK, sent.ids_TK, part, config, partial=True)
         for sent, part in zip(reference.dispatch(ranks, E), parts, strict=True)
     ]
     y = reference.combine(counts, [trace.y_TD for trace in traces])
@@ -233,6 +234,20 @@ def test_dispatch_and_combine_over_ranks_equal_a_single_rank(counts):
         layer.mask[1] = False
         layer.ids[0], layer.ids[2, 1], layer.ids[3] = [-1, E], E + 1, [2, 2]
     assert_equal(over_ranks(layer, counts), layer.run())
+
+
+@pytest.mark.parametrize(
+    "wire, least, most", [(None, 0.9, 1.8), ("bfloat16", 0.9, 1.8), ("float32", 0, 0.01)], ids=["x", "x named", "wide"]
+)
+def test_combine_rounds_each_ranks_part_once_on_the_wire_and_their_sum_once(wire, least, most):
+    """Parts that cancel: what is left of the error is that of the wire, and the sum's own rounding next to nothing."""
+    rng = np.random.default_rng(0)
+    part = rng.normal(size=(1000, 4))
+    y = [part, 1e-3 - part]
+    found = np.concatenate(reference.combine([600, 400], y, Noise("bfloat16", 0), wire))
+    roundoff = 2.0**-8 * np.sqrt(2 / 3) * np.sqrt(np.mean(part**2))  # of two roundings, each uniform
+    assert least < np.std(found - 1e-3) / roundoff < most
+    assert np.allclose(np.concatenate(reference.combine([600, 400], y, wire=wire)), 1e-3)
 
 
 def test_dispatch_of_ids_out_of_range_reaches_no_rank():

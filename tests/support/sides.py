@@ -172,8 +172,10 @@ def reference_experts(p: Problem, arithmetic: Arithmetic = EXACT) -> Arrays:
     return {"y": trace.y_TD, "dx": dx, "dweights": dweights, **grads}
 
 
-def reference_over_ranks(p: Problem, lengths: tuple[int, ...], arithmetic: Arithmetic = EXACT) -> Arrays:
-    """The reference with a list of ranks: what they return, one after the other."""
+def reference_over_ranks(
+    p: Problem, lengths: tuple[int, ...], arithmetic: Arithmetic = EXACT, wire: str | None = None
+) -> Arrays:
+    """The reference with a list of ranks: what they return, one after the other; `wire` as BackendConfig.combine_dtype."""
     n, E = len(lengths), p.config.n_routed_experts
     cuts, e = np.cumsum(lengths)[:-1], E // n
     columns = (np.split(column, cuts) for column in (p.x, p.weights, p.ids, p.token_mask))
@@ -184,10 +186,10 @@ def reference_over_ranks(p: Problem, lengths: tuple[int, ...], arithmetic: Arith
     config = replace(p.config, n_routed_experts=e, n_activated_experts=min(e, p.ids.shape[1]))
     held = [{name: value[r * e : (r + 1) * e] for name, value in p.parameters.items()} for r in range(n)]
     traces = [
-        reference.experts(t.x_TD, t.token_mask_T, t.weights_TK, t.ids_TK, held[rank], config, arithmetic)
+        reference.experts(t.x_TD, t.token_mask_T, t.weights_TK, t.ids_TK, held[rank], config, arithmetic, partial=True)
         for rank, t in enumerate(reference.dispatch(own, E))
     ]
-    y = reference.combine(list(lengths), [trace.y_TD for trace in traces], arithmetic)
+    y = reference.combine(list(lengths), [trace.y_TD for trace in traces], arithmetic, wire)
     dy = reference.combine_vjp(np.split(p.dy, cuts))
     back = [reference.experts_vjp(traces[r], held[r], config, dy[r], arithmetic) for r in range(n)]
     dx, dweights, grads = zip(*back, strict=True)
