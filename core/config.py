@@ -27,6 +27,7 @@ EXPERT_BACKENDS = ("loop", "grouped_mm", "gmm", "te", "triton", "ragged_dot", "t
 EXPERT_BACKEND_ALIASES = {"torch": "loop", "torch_mm": "grouped_mm"}
 STEP_BACKENDS = ("xla", "te")  # of permute and route; "xla" is moebius' own
 REMATS = ("none", "act", "full")
+ON_OVERFLOW = ("count", "poison")
 LINEAR_BACKENDS = ("torch", "te", "quack")
 DISPATCHERS = (
     "local",
@@ -35,6 +36,7 @@ DISPATCHERS = (
     "alltoall",
     "ragged_all_to_all",
     "deepep",
+    "deepep_elastic",
     "hybridep",
     "uccl_ep",
     "te",
@@ -272,6 +274,10 @@ class BackendConfig(_FromAttributes):
         dispatcher: how tokens reach other ranks, one of DISPATCHERS.
         combine_dtype: in which each rank's part of the output travels to the token's rank, where they are added in
             promote_types(dtype, float32); None for x's dtype, rounded once more than on one rank.
+        dispatcher_bound: of the dispatcher "alltoall" in Flax, where shapes are static: tokens that one device sends
+            another at most in one call; None for all that it has, which drops nothing and sends as much as "allgather".
+        dispatcher_on_overflow: what of routes that find no room within the bound, one of ON_OVERFLOW. "count": they
+            count as no route, and the experts record how many. "poison": their tokens' outputs are NaN.
         dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of the DeepEP dispatchers.
         fake_balanced_gate: route evenly without looking at x, for benchmarks.
         fake_gate_noise: share of randomness in the fake gate, 0 to 1.
@@ -295,6 +301,8 @@ class BackendConfig(_FromAttributes):
     experts: str | None = None
     dispatcher: str | None = None
     combine_dtype: Any = None
+    dispatcher_bound: int | None = None
+    dispatcher_on_overflow: str | None = None
     dispatcher_num_sms: int = 20
     dispatcher_share_token_dispatcher: bool = True
     dispatcher_async_dispatch: bool = False
@@ -321,6 +329,10 @@ class BackendConfig(_FromAttributes):
             _one_of("linear", self.linear, LINEAR_BACKENDS)
         if self.dispatcher is not None:
             _one_of("dispatcher", self.dispatcher, DISPATCHERS)
+        if self.dispatcher_bound is not None:
+            _integer("dispatcher_bound", self.dispatcher_bound, 1)
+        if self.dispatcher_on_overflow is not None:
+            _one_of("dispatcher_on_overflow", self.dispatcher_on_overflow, ON_OVERFLOW)
         _one_of("remat", self.remat, REMATS)
         for name in ("permute", "route"):
             if getattr(self, name) is not None:

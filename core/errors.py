@@ -46,6 +46,29 @@ class Unsupported(MoEError, NotImplementedError):
     """A backend or feature that is present and cannot serve this problem."""
 
 
+class RankLost(MoEError, RuntimeError):
+    """A collective without all of its ranks; a RuntimeError, as what torch.distributed raises.
+
+    Args:
+        asked, found, do: see MoEError.
+        missing: global ranks that are gone; none where all live and do not meet.
+        layer: its qualified name, or its number. step: how many forward passes it had begun. phase: of that pass.
+    """
+
+    def __init__(
+        self,
+        asked: str,
+        found: str,
+        do: str,
+        missing: tuple[int, ...] = (),
+        layer: str | None = None,
+        step: int | None = None,
+        phase: str | None = None,
+    ):
+        super().__init__(asked, found, do)
+        self.missing, self.layer, self.step, self.phase = missing, layer, step, phase
+
+
 class CheckpointError(MoEError, ValueError):
     """A checkpoint that is incomplete, damaged, or of a kind that is not known."""
 

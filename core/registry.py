@@ -44,10 +44,6 @@ def _serves_all(problem: Problem) -> str | None:
     return None
 
 
-def _unbuilt(problem: Problem) -> str | None:
-    return "this version does not have it yet"
-
-
 def _nothing() -> None:
     return None
 
@@ -67,6 +63,7 @@ class Backend:
         reads_host: fetches device values to the host in each call.
         note: one line for the table of `explain`.
         says: what the loaded backend says of how it computes here, in words, for `moebius doctor`; None for nothing.
+        built: this version has it.
     """
 
     operation: str
@@ -79,6 +76,7 @@ class Backend:
     reads_host: bool = False
     note: str = ""
     says: Callable[[], str] | None = None
+    built: bool = True
 
     def missing(self) -> str | None:
         """Which of its packages are not installed, in words; None where all are."""
@@ -115,15 +113,15 @@ class Registry:
             )
         self._rows[backend.name] = backend
 
-    def add_unbuilt(self, *names: str) -> None:
+    def add_unbuilt(self, *names: str, why: str = "this version does not have it yet") -> None:
         """Declare backends that configs may name and this version refuses, with that reason."""
         for name in names:
-            self.add(name=name, load=_nothing, supports=_unbuilt, only_when_named=True)
+            self.add(name=name, load=_nothing, supports=lambda problem: why, only_when_named=True, built=False)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names in declared order, without those that this version does not have yet."""
-        return tuple(name for name, row in self._rows.items() if row.supports is not _unbuilt)
+        return tuple(name for name, row in self._rows.items() if row.built)
 
     def __getitem__(self, name: str) -> Backend:
         """The row of that name."""

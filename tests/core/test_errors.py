@@ -15,6 +15,7 @@ PARENTS = {
     "RoutingError": ValueError,
     "BackendUnavailable": ImportError,
     "Unsupported": NotImplementedError,
+    "RankLost": RuntimeError,
     "CheckpointError": ValueError,
     "StateDictError": RuntimeError,
 }
