@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from moebius.core.registry import Problem, Registry
+from moebius.torch_frontend.dispatch_limits import against
 from moebius.torch_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
@@ -55,6 +59,25 @@ class Dispatcher(Protocol):
         ...
 
 
+class Options(NamedTuple):
+    """What a dispatcher over a library's communication buffer is built for; the others need none of it.
+
+    Attributes:
+        dim: D at most. n_experts: E. k: routes of a token.
+        num_sms: multiprocessors that move tokens. share: one buffer for all layers that can use the same.
+        asynchronous: tokens travel while the current stream computes, until they are needed.
+        max_tokens: no rank has more in any call: then nothing is read on the host; None to read what there are.
+    """
+
+    dim: int
+    n_experts: int
+    k: int
+    num_sms: int = 20
+    share: bool = True
+    asynchronous: bool = False
+    max_tokens: int | None = None
+
+
 class Local:
     """One rank holds every expert: nothing moves. Spec: core.reference.dispatch with a list of one."""
 
@@ -78,6 +101,42 @@ class Local:
         return y_SD
 
 
+class During:
+    """A dispatcher during whose dispatch something else is computed: where it can, while tokens travel.
+
+    Args:
+        dispatcher: one with `begin` and `end`, the halves of `dispatch`, overlaps; with another the work comes first.
+        work: called once in each dispatch.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, work: Callable[[], None]):
+        self.ranks, self.rank = dispatcher.ranks, dispatcher.rank
+        self._dispatcher, self._work = dispatcher, work
+
+    def dispatch(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        weights_TK: Float[Tensor, "T K"],
+        ids_TK: Int[Tensor, "T K"],
+        token_mask_T: Bool[Tensor, " T"],
+        n_experts: int,
+    ) -> tuple[Sent, Any]:
+        """As that dispatcher's."""
+        inner: Any = self._dispatcher
+        if not hasattr(inner, "begin"):
+            self._work()
+            sent: tuple[Sent, Any] = inner.dispatch(x_TD, weights_TK, ids_TK, token_mask_T, n_experts)
+            return sent
+        under_way = inner.begin(x_TD, weights_TK, ids_TK, token_mask_T, n_experts)
+        self._work()
+        arrived: tuple[Sent, Any] = inner.end(under_way)
+        return arrived
+
+    def combine(self, y_SD: Float[Tensor, "S D"], state: Any) -> Tensor:
+        """As that dispatcher's."""
+        return self._dispatcher.combine(y_SD, state)
+
+
 def routed(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int, no_route: int) -> Tensor:
     """int32 ids, with `no_route` for a masked token, -1 and any id outside [0, n_experts)."""
     here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
@@ -95,11 +154,11 @@ def _with_distributed(problem: Problem) -> str | None:
     return f"the experts lie on {problem.ranks} ranks, and this build of torch has no torch.distributed"
 
 
-def _local(group: Any = None, combine_dtype: str | None = None) -> Dispatcher:
+def _local(group: Any = None, combine_dtype: str | None = None, options: Options | None = None) -> Dispatcher:
     return Local()
 
 
-def _allgather(group: Any = None, combine_dtype: str | None = None) -> Dispatcher:
+def _allgather(group: Any = None, combine_dtype: str | None = None, options: Options | None = None) -> Dispatcher:
     if group is None:
         return Local()
     from moebius.torch_frontend.dispatch_allgather import AllGather  # which imports this file
@@ -107,7 +166,7 @@ def _allgather(group: Any = None, combine_dtype: str | None = None) -> Dispatche
     return AllGather(group, combine_dtype)
 
 
-def _alltoall(group: Any = None, combine_dtype: str | None = None) -> Dispatcher:
+def _alltoall(group: Any = None, combine_dtype: str | None = None, options: Options | None = None) -> Dispatcher:
     if group is None:
         return Local()
     from moebius.torch_frontend.dispatch_alltoall import AllToAll
@@ -115,8 +174,48 @@ def _alltoall(group: Any = None, combine_dtype: str | None = None) -> Dispatcher
     return AllToAll(group, combine_dtype)
 
 
-# An implementation is called with the process group over which the experts are spread, None for one rank, and with
-# BackendConfig.combine_dtype.
+def _of_library(name: str) -> Callable[..., Dispatcher]:
+    """What builds the dispatcher of that name; raises whatever the import of its library raises."""
+    module = import_module(f"moebius.torch_frontend.{_FILES[name]}")
+    build = module.loaded(name)
+
+    def built(group: Any = None, combine_dtype: str | None = None, options: Options | None = None) -> Dispatcher:
+        if group is None:
+            return Local()
+        dispatcher: Dispatcher = build(group, combine_dtype, options)
+        return dispatcher
+
+    return built
+
+
+_FILES = {
+    "deepep": "dispatch_deepep",
+    "uccl_ep": "dispatch_deepep",
+    "deepep_elastic": "dispatch_elastic",
+    "hybridep": "dispatch_hybridep",
+}
+
+
+def _says(name: str) -> str:
+    words: str = import_module(f"moebius.torch_frontend.{_FILES[name]}").says(name)
+    return words
+
+
+def _add_library(**row: Any) -> None:
+    name = row["name"]
+    DISPATCHERS.add(
+        load=partial(_of_library, name),
+        supports=partial(against, name),
+        says=partial(_says, name),
+        only_when_named=True,
+        reads_host=True,
+        **row,
+    )
+
+
+# An implementation is called with the process group over which the experts are spread, None for one rank, with
+# BackendConfig.combine_dtype, and with Options where there is a group. Libraries are tried where they are named, or
+# where all ranks have them: see dispatch_choice.
 DISPATCHERS = Registry("moebius.torch_frontend", "dispatch")
 DISPATCHERS.add(name="local", load=lambda: _local, supports=_one_rank, note="one rank")
 DISPATCHERS.add(
@@ -133,4 +232,32 @@ DISPATCHERS.add(
     reads_host=True,
     note="a token travels once to each rank that holds one of its experts; any number of ranks",
 )
-DISPATCHERS.add_unbuilt("deepep", "hybridep", "uccl_ep", "te", "mok")
+_add_library(
+    name="deepep",
+    needs=("deep_ep",),
+    install="build DeepEP v1.2.1 (PyPI's deep-ep is another)",
+    note="DeepEP's Buffer; 2, 4 or 8 GPUs of a node",
+)
+_add_library(
+    name="uccl_ep",
+    needs=("uccl",),
+    install="build UCCL-EP (ep/ of uccl)",
+    note="DeepEP's Buffer by UCCL; 2, 4 or 8 GPUs of a node; never run with the library",
+)
+_add_library(
+    name="deepep_elastic",
+    needs=("deep_ep",),
+    install="build DeepEP 2.1 with NCCL 2.30.4 or later",
+    note="DeepEP's ElasticBuffer; never run with the library",
+)
+_add_library(
+    name="hybridep",
+    needs=("deep_ep",),
+    install="build DeepEP's branch hybrid-ep",
+    note="DeepEP's HybridEPBuffer; every rank is padded to the longest",
+)
+DISPATCHERS.add_unbuilt(
+    "te",
+    why="this version does not have it yet: Transformer Engine's EP is made once for a process, for one size of layers",
+)
+DISPATCHERS.add_unbuilt("mok")

@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from moebius.core.liveness import Position
 from moebius.torch_frontend.dispatch_ranks import Note, OverRanks, all_gather, wanted
+from moebius.torch_frontend.liveness import collective, peers
+from moebius.torch_frontend.recompute import recomputing
 from moebius.torch_frontend.transport import added, collect, exchange
 
 if TYPE_CHECKING:
@@ -51,10 +54,16 @@ class _Varlen:
         self.group = group
 
     def send(self, x: Tensor, layout: Lengths) -> Tensor:
+        self._mark()
         return _gathered(x, self.group, layout)
 
     def back(self, y: Tensor, layout: Lengths) -> Tensor:
+        self._mark()
         return _summed(y, self.group, layout)
+
+    def _mark(self) -> None:
+        phase = "backward" if recomputing() else "forward"
+        peers(self.group).watch.at = Position("of _AllGatherConcatVarlenFn", None, phase)
 
 
 class _AllGatherConcatVarlenFn(Function):
@@ -83,7 +92,7 @@ def _gathered(local: Tensor, group: Any, lengths: Lengths) -> Tensor:
     if local.shape[0] < longest:
         local = torch.cat([local, local.new_zeros(longest - local.shape[0], *local.shape[1:])])
     padded = local.new_empty(len(lengths) * longest, *local.shape[1:])
-    all_gather(padded, local, group=group)
+    collective(all_gather, padded, local, group=group)
     if min(lengths) == longest:
         return padded
     return torch.cat([rows[:length] for rows, length in zip(padded.split(longest), lengths, strict=True)])

@@ -15,9 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moebius.core.errors import ConfigError, ShapeError
+from moebius.core.liveness import Position
 from moebius.core.precision import DTYPES
+from moebius.torch_frontend import liveness, preflight
 from moebius.torch_frontend.dispatch import Sent, routed
 from moebius.torch_frontend.dtypes import as_dtype, promoted
+from moebius.torch_frontend.liveness import Layer, collective, peers
+from moebius.torch_frontend.recompute import recomputing
 from moebius.torch_frontend.sharding import held
 from moebius.torch_frontend.transport import Layout, collect, spread
 
@@ -43,10 +47,28 @@ def not_compiled(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Spread(NamedTuple):
-    """What `combine` needs: where tokens went, and the dtype of x."""
+    """What `combine` needs: where tokens went, the dtype of x, and of which forward pass they are."""
 
     layout: Layout
     dtype: torch.dtype
+    carrier: Carrier
+
+
+class Carrier(NamedTuple):
+    """A dispatcher as the Transport of one forward pass, which its errors name, and of the backward pass to it."""
+
+    dispatcher: OverRanks
+    at: Position
+
+    def send(self, x: Tensor, layout: Layout) -> Tensor:
+        """See Transport."""
+        self.dispatcher.mark(self.at)
+        return self.dispatcher.send(x, layout)
+
+    def back(self, y: Tensor, layout: Layout) -> Tensor:
+        """See Transport."""
+        self.dispatcher.mark(self.at)
+        return self.dispatcher.back(y, layout)
 
 
 class OverRanks:
@@ -62,9 +84,14 @@ class OverRanks:
         combine_dtype: in which each rank's part of the output travels, None for x's: rounded once more than on one
             rank.
 
+    Attributes:
+        layer: what errors call the layer whose forward pass began last; None outside of a layer.
+
     Raises:
         ConfigError: there is no such group, or this process is not in it.
     """
+
+    layer: Layer | None = None
 
     def __init__(self, group: Any = None, combine_dtype: str | None = None):
         if not dist.is_initialized():
@@ -76,6 +103,8 @@ class OverRanks:
         if self.rank < 0:
             found = f"global rank {dist.get_rank()} is not in it"
             raise ConfigError("a process group of this rank", found, "pass the group of this rank's mesh dimension")
+        peers(group).dispatchers.add(self)
+        self._alone = Layer(f"of {type(self).__name__} alone")
 
     @not_compiled
     def dispatch(
@@ -92,22 +121,51 @@ class OverRanks:
             ConfigError: the ranks do not divide E, or some compute gradients and some do not.
             ShapeError: the ranks' tokens differ in more than their number. Raised on every rank; what one rank refuses
             before, a wrong width for instance, leaves the others waiting.
+            RankLost: a rank is missing; also in `combine`, and in the backward pass.
         """
+        carrier = Carrier(self, self.position())
         weights_TK = promoted(weights_TK, x_TD.dtype)
         ids_TK = routed(ids_TK, token_mask_T, n_experts, -1)
         # Refused only where all ranks have told of their experts: rounded up, it is good for counting.
         layout, grads = self.layout(Note.of(x_TD, weights_TK, n_experts), ids_TK, -(-n_experts // self.ranks))
         e = held(n_experts, self.ranks)
-        x_SD, weights_SK, ids_SK = spread(self, layout, x_TD, weights_TK, ids_TK, grads)
+        x_SD, weights_SK, ids_SK = spread(carrier, layout, x_TD, weights_TK, ids_TK, grads)
         local_SK = ids_SK - self.rank * e
         local_SK = torch.where((local_SK >= 0) & (local_SK < e), local_SK, e)
-        return Sent(x_SD, weights_SK, local_SK), Spread(layout, x_TD.dtype)
+        return Sent(x_SD, weights_SK, local_SK), Spread(layout, x_TD.dtype, carrier)
 
     @not_compiled
     def combine(self, y_SD: Float[Tensor, "S D"], state: Spread) -> Tensor:
         """[T, D]: each of this rank's tokens, its parts added promoted in the order of the ranks, rounded once."""
         wire = state.dtype if self.combine_dtype is None else as_dtype(self.combine_dtype)
-        return collect(self, state.layout, y_SD.to(wire), state.dtype)
+        return collect(state.carrier, state.layout, y_SD.to(wire), state.dtype)
+
+    def position(self) -> Position:
+        """The position of the forward pass that begins now; the ranks were compared before it."""
+        here = peers(self.group)
+        preflight.check(here)
+        here.watch.at = self._alone.begin() if self.layer is None else self.layer.at
+        return here.watch.at
+
+    def mark(self, at: Position) -> None:
+        """What comes next is of the forward pass `at`, or of the backward pass to it: errors and the log say so."""
+        backward = at.phase == "forward" and recomputing()
+        peers(self.group).watch.at = at._replace(phase="backward") if backward else at
+
+    def close(self) -> None:
+        """Give back what it holds; after a group's last dispatcher no thread is left. By all ranks, or by none."""
+        here = peers(self.group).dispatchers
+        here.discard(self)
+        if not here:
+            liveness.close(self.group)
+
+    def __enter__(self) -> OverRanks:
+        """For `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """`close`."""
+        self.close()
 
     def layout(self, note: Note, ids_TK: Int[Tensor, "T K"], e: int) -> tuple[Layout, tuple[bool, bool]]:
         """Where tokens go, and whether any rank needs the gradients of x and of the weights; -1 is no route."""
@@ -126,7 +184,7 @@ class OverRanks:
         sent = torch.tensor(note, dtype=torch.int64, device=more[0].device if more else None)
         sent = torch.cat([sent, *(value.to(torch.int64) for value in more)])
         notes = sent.new_empty(self.ranks * len(sent))
-        all_gather(notes, sent, group=self.group)
+        collective(all_gather, notes, sent, group=self.group)
         rows = notes.view(self.ranks, -1).tolist()
         found = [Note(*row[: len(note)]) for row in rows]
         _check(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.errors import ConfigError, Unsupported
 from moebius.core.registry import Problem
 from moebius.core.stages import Tap, untapped
+from moebius.torch_frontend import preflight
 from moebius.torch_frontend.activate import activate
-from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, Local
+from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, During, Local, Options
+from moebius.torch_frontend.dispatch_choice import agreed
 from moebius.torch_frontend.dtypes import as_dtype, computed
 from moebius.torch_frontend.experts import WeightedActivation, experts
 from moebius.torch_frontend.matmul import choose
@@ -66,10 +69,25 @@ class _Experts(AllOrNothing):
         self.backend_name = choose(self._backend_asked, rows, weight.shape).name
         self.init_weights()
 
-    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor,
+        weights: Tensor,
+        indices: Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`.
+
+        Args:
+            meanwhile: computed while tokens travel, by a dispatcher that can; called once.
+        """
         parameters = self._parameters_by_name()
-        dispatcher = self._dispatcher(mesh_of(parameters))
+        dispatcher: Any = self._dispatcher(mesh_of(parameters))
+        if dispatcher.ranks > 1:
+            dispatcher.layer = preflight.begin(self, dispatcher.group)
+        if meanwhile is not None:
+            dispatcher = During(dispatcher, meanwhile)
         return experts(
             {name: local(value) for name, value in parameters.items()},
             computed(x, self.dtype),
@@ -93,20 +111,32 @@ class _Experts(AllOrNothing):
         raise NotImplementedError
 
     def _choose(self, name: str | None, mesh: Any) -> Dispatcher:
-        """The dispatcher of that name over the ranks of `mesh`, None for one rank."""
-        weight, ranks = self.gate_and_up_projs, 1 if mesh is None else mesh.size()
+        """The dispatcher of that name over the ranks of `mesh`, None for one rank; all ranks call."""
+        return self._built(name, None if mesh is None or mesh.size() == 1 else mesh.get_group())
+
+    def _built(self, name: str | None, group: Any) -> Dispatcher:
+        weight, ranks = self.gate_and_up_projs, 1 if group is None else group.size()
+        # Of a named one the tokens' dtype is known where they come, and is checked there: an autocast may choose it.
+        dtype = self.dtype or (weight.dtype if name is None else torch.bfloat16)
+        may_move = name is not None and weight.device.type == "cpu" and torch.cuda.is_available()
         problem = Problem(
-            device=weight.device.type,
-            dtype=str(weight.dtype)[6:],
+            device="meta" if may_move else weight.device.type,
+            dtype=str(dtype)[6:],
             dim=self.config.expert_dim,
             inter_dim=self.config.moe_inter_dim,
             n_experts=self.config.n_routed_experts // ranks,
             ranks=ranks,
         )
-        chosen = DISPATCHERS.choose("allgather" if name == "torch" else name, problem)
-        group = None if ranks == 1 else mesh.get_group()
-        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, self.backend.combine_dtype)
+        k = self.config.n_activated_experts
+        chosen = agreed("allgather" if name == "torch" else name, problem, k, group, self.backend.combine_dtype)
+        options = Options(self.config.expert_dim, self.config.n_routed_experts, k, *self._settings())
+        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, self.backend.combine_dtype, options)
         return dispatcher
+
+    def _settings(self) -> tuple[int, bool, bool]:
+        """num_sms, share and asynchronous of Options."""
+        b = self.backend
+        return b.dispatcher_num_sms, b.dispatcher_share_token_dispatcher, b.dispatcher_async_dispatch
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ACTIVATIONS and not hasattr(type(self), name):
@@ -171,11 +201,24 @@ class GroupedExperts(_Experts):
         super().__init__(config, backend, None, dtype, param_dtype, device)
         # Also refuses a dispatcher that is not there.
         self._on_one_rank = self._choose(self.backend.dispatcher, None)
+        self._over_ranks: tuple[Any, Dispatcher] | None = None
 
     def _dispatcher(self, mesh: Any) -> Dispatcher:
         if mesh is None:
             return self._on_one_rank
-        return self._choose(self.backend.dispatcher, mesh)
+        if self._over_ranks is None or self._over_ranks[0] != mesh:
+            # Ranks talk to one another there: not in a compiled graph.
+            once = self._choose_once
+            (torch.compiler.disable(once) if torch.compiler.is_compiling() else once)(mesh)
+        assert self._over_ranks is not None
+        return self._over_ranks[1]
+
+    def _choose_once(self, mesh: Any) -> None:
+        self._over_ranks = mesh, self._choose(self.backend.dispatcher, mesh)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the process group, which can be neither copied nor stored."""
+        return {**self.__dict__, "_over_ranks": None}
 
     @property
     def expert_activation_grouped(self) -> WeightedActivation:
@@ -223,7 +266,13 @@ class _Dispatched(_Experts):
             dispatcher = self._choose(self.dispatcher_backend, mesh)
             if spread is None:
                 shard_experts(self, mesh)
+            preflight.register(self, mesh)
+        # After the new one was made: a buffer that both can use stays.
+        getattr(self.token_dispatcher, "close", lambda: None)()
         self.ep_size, self.ep_rank, self.token_dispatcher = dispatcher.ranks, dispatcher.rank, dispatcher
+
+    def _settings(self) -> tuple[int, bool, bool]:
+        return self.dispatcher_num_sms, self.dispatcher_share_token_dispatcher, self.dispatcher_async_dispatch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy that sends its tokens over the same ranks: a process group cannot be copied."""
@@ -318,10 +367,11 @@ def _require_own_steps(backend: BackendConfig) -> None:
             "leave it out; torch.utils.checkpoint computes the whole layer again, double_backward=True keeps every step"
         )
         raise Unsupported(f"remat={backend.remat!r}", found, do)
-    for name in ("permute", "route"):
+    own, counted = "in PyTorch this step is moebius' own alone", "in PyTorch ranks count what travels, and drop nothing"
+    flax_alone = {"permute": own, "route": own, "dispatcher_bound": counted, "dispatcher_on_overflow": counted}
+    for name, found in flax_alone.items():
         asked = getattr(backend, name)
         if asked is not None:
-            found = "in PyTorch this step is moebius' own alone"
             raise Unsupported(f"{name}={asked!r}", found, "leave it out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,11 +161,18 @@ class MoE(AllOrNothing):
         weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T, cp_mesh, max(1, x.shape[:-2].numel()))
         weights_TK, ids_TK = self.tap("weights", weights_TK), self.tap("ids", ids_TK)
         latent_TD = x_TD if self.fc1_latent_proj is None else self.tap("latent", self.fc1_latent_proj(x_TD))
-        y_TD = self.experts(latent_TD, token_mask_T, weights_TK, ids_TK)
+        routed = latent_TD, token_mask_T, weights_TK, ids_TK
+        shared: list[Tensor] = []
+        if self.shared_experts is not None and self.backend.dispatcher_async_dispatch:
+            y_TD = self.experts(*routed, partial(self._share, x_TD, shared))
+        else:
+            y_TD = self.experts(*routed)
         if self.fc2_latent_proj is not None:
             y_TD = self.fc2_latent_proj(y_TD)
         if self.shared_experts is not None:
-            y_TD = y_TD + self.tap("shared", self._shared(x_TD))
+            if not shared:
+                self._share(x_TD, shared)
+            y_TD = y_TD + shared[0]
         y: Tensor = self.tap(OUTPUT, y_TD).reshape(x.shape)
         return y
 
@@ -180,6 +188,10 @@ class MoE(AllOrNothing):
         mask_T = padding_mask.reshape(-1)
         checks.token_mask(mask_T, mask_T.shape[0], "padding_mask")
         return ~mask_T
+
+    def _share(self, x_TD: Float[Tensor, "T D"], into: list[Tensor]) -> None:
+        """Append the shared experts' output."""
+        into.append(self.tap("shared", self._shared(x_TD)))
 
     def _shared(self, x_TD: Float[Tensor, "T D"]) -> Tensor:
         assert self.shared_experts is not None

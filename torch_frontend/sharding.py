@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moebius.core.errors import ConfigError, ShapeError, Unsupported
+from moebius.torch_frontend.preflight import register
 
 # The dimension of a mesh along which experts are spread; the name is NeMo Automodel's.
 EP = "ep"
@@ -75,6 +76,8 @@ def shard_experts(module: nn.Module, ep_mesh: Any) -> nn.Module:
         new = nn.Parameter(_shard(value, mesh), requires_grad=value.requires_grad)
         new.grad = None if value.grad is None else _shard(value.grad, mesh)
         module.register_parameter(name, new)
+    if hasattr(module, "backend_name"):  # one of moebius' own
+        register(module, mesh)
     return module
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from moebius.torch_frontend.dtypes import accumulate_dtype
+from moebius.torch_frontend.liveness import collective
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -125,7 +126,7 @@ class _Sent(Function):
 def exchange(rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
     """Blocks of rows, one for each rank, for theirs; sizes in rows."""
     out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    collective(dist.all_to_all_single, out, rows.contiguous(), received, sent, group=group)
     return out
 
 

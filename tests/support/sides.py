@@ -175,7 +175,7 @@ def reference_experts(p: Problem, arithmetic: Arithmetic = EXACT) -> Arrays:
 def reference_over_ranks(
     p: Problem, lengths: tuple[int, ...], arithmetic: Arithmetic = EXACT, wire: str | None = None
 ) -> Arrays:
-    """The reference with a list of ranks: what they return, one after the other; `wire` as BackendConfig.combine_dtype."""
+    """What the reference's list of ranks returns, one after the other; `wire` as BackendConfig.combine_dtype."""
     n, E = len(lengths), p.config.n_routed_experts
     cuts, e = np.cumsum(lengths)[:-1], E // n
     columns = (np.split(column, cuts) for column in (p.x, p.weights, p.ids, p.token_mask))

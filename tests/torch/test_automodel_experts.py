@@ -15,7 +15,7 @@ import torch
 from sides import Problem, cached_problem, expected, problem, rounded
 from torch import nn
 
-from moebius.core import BackendConfig, ConfigError, MoEConfig, Unsupported, layout
+from moebius.core import BackendConfig, ConfigError, MoEConfig, layout
 from moebius.core.tolerance import within
 from moebius.torch_frontend import automodel, load_parameters
 from moebius.torch_frontend.automodel import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE
@@ -455,12 +455,6 @@ def test_modules_compiled_equal_eager(kind: str) -> None:
         y.backward(torch.ones_like(y))
         grads.append([y.detach(), *(value.grad for value in module.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
-
-
-def test_deepep_buffer_without_deepep_is_refused() -> None:
-    module = GroupedExpertsDeepEP(config())
-    with pytest.raises((Unsupported, ImportError), match="'deepep'"):
-        module._init_deepep_buffer(SimpleNamespace(size=lambda: 2))
 
 
 def test_a_subclass_may_assign_the_documented_attributes() -> None:

@@ -15,6 +15,7 @@ KINDS = (
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.__module__.split('.')[-1]}.{kind.__name__}")
 REFUSED = [("remat", "none", "double_backward=True"), ("remat", "full", "torch.utils.checkpoint")]
 REFUSED += [("permute", "te", "leave it out"), ("route", "te", "leave it out")]
+REFUSED += [("dispatcher_bound", 8, "leave it out"), ("dispatcher_on_overflow", "count", "leave it out")]
 
 
 @kinds

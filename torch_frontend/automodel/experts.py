@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moebius.core.config import BackendConfig
-from moebius.core.registry import Problem
 from moebius.torch_frontend.automodel.activation import get_expert_activation_for_deepep
-from moebius.torch_frontend.dispatch import DISPATCHERS, Local, Sent
+from moebius.torch_frontend.dispatch import Local, Sent
 from moebius.torch_frontend.experts import WeightedActivation, steps
 from moebius.torch_frontend.grouped_experts import GroupedExperts as Experts
 from moebius.torch_frontend.grouped_experts import GroupedExpertsDeepEP as ExpertsDeepEP
@@ -174,16 +173,7 @@ class GroupedExpertsDeepEP(_Documented, ExpertsDeepEP):
         Raises:
             BackendUnavailable, Unsupported: DeepEP is not here, or does not serve so many ranks.
         """
-        ranks, weight = ep_group.size(), self.gate_and_up_projs
-        problem = Problem(
-            device=weight.device.type,
-            dtype=self.config.dtype,
-            dim=self.config.expert_dim,
-            inter_dim=self.config.moe_inter_dim,
-            n_experts=self.config.n_routed_experts // ranks,
-            ranks=ranks,
-        )
-        DISPATCHERS.implementation(DISPATCHERS.choose("deepep", problem))(ep_group)
+        self.token_dispatcher = self._built("deepep", ep_group)
 
 
 def _sent(

@@ -1,0 +1,101 @@
+"""What the libraries behind the dispatchers take, as data: refused here, in words, and not by a trap on the device.
+
+After a trap a CUDA context is lost, and with it the process. Source of the numbers: the host and device assertions of
+DeepEP v1.2.1, of its ElasticBuffer 2.1 and of its branch hybrid-ep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from moebius.core.errors import ConfigError, Unsupported
+from moebius.core.registry import Problem
+
+# Where the buffers of all of them lie; "meta" is what may still become one.
+DEVICES = ("cuda", "meta")
+# In which they add up; what else they can send is for inference.
+DTYPE = "bfloat16"
+
+
+class Limits(NamedTuple):
+    """Of one library; None for no limit.
+
+    Attributes:
+        ranks: the numbers of ranks, or a range of them. multiple, most: of the hidden size. k: of top_k. held: experts
+            on one rank. experts: in all. together: what the number of experts of all ranks is a multiple of.
+        capability: the least of a GPU. overlaps: can send while something else is computed.
+    """
+
+    ranks: range | tuple[int, ...]
+    multiple: int
+    most: int | None = None
+    k: int | None = None
+    held: int | None = None
+    experts: int | None = None
+    together: int = 1
+    capability: tuple[int, int] = (9, 0)
+    overlaps: bool = True
+
+
+_V1 = Limits(ranks=(2, 4, 8), multiple=16, most=8176, k=32, held=128, capability=(8, 0))
+LIMITS = {
+    "deepep": _V1,
+    "uccl_ep": _V1,
+    "deepep_elastic": Limits(ranks=range(2, 1025), multiple=256, k=32, held=256, experts=2048),
+    "hybridep": Limits(ranks=range(2, 1025), multiple=16, together=4, overlaps=False),
+}
+
+
+def against(name: str, problem: Problem, k: int = 1) -> str | None:
+    """Why the dispatcher of that name cannot serve, and which can; None where it can. On one rank all can."""
+    if problem.ranks == 1:
+        return None
+    words = next(_words(LIMITS[name], problem, k), None)
+    if words is None:
+        return None
+    others = [repr(other) for other, limits in LIMITS.items() if not any(_words(limits, problem, k))]
+    return f"{words}; {', '.join([*others, repr('alltoall')])} can"
+
+
+def require(name: str, problem: Problem, k: int, num_sms: int, asynchronous: bool) -> None:
+    """Refuse what `name` cannot do.
+
+    Raises:
+        Unsupported: a limit is passed. ConfigError: a setting that nothing could use.
+    """
+    asked = f"dispatch backend {name!r} for {problem}, K={k}, {problem.ranks} ranks"
+    found = against(name, problem, k)
+    if found is not None:
+        raise Unsupported(asked, found, "name one that can, or None to choose")
+    if num_sms < 2 or num_sms % 2:
+        raise ConfigError(f"{asked}, dispatcher_num_sms={num_sms}", "no even number of 2 or more", "use 20 or 24")
+    if asynchronous and not LIMITS[name].overlaps:
+        found = f"{name!r} has no asynchronous calls"
+        raise Unsupported(f"{asked}, dispatcher_async_dispatch=True", found, "leave it out, or name 'deepep'")
+
+
+def _words(limits: Limits, problem: Problem, k: int) -> Iterator[str]:
+    """Each limit that is passed: what it is, and what was found where the problem's own words do not say it."""
+    ranks, dim, held = problem.ranks, problem.dim, problem.n_experts
+    if problem.device not in DEVICES:
+        yield "it needs CUDA tensors"
+    if problem.dtype != DTYPE:
+        yield f"it sends {DTYPE} alone"
+    if problem.capability is not None and problem.capability < limits.capability:
+        yield f"it needs compute capability {limits.capability[0]}.{limits.capability[1]}"
+    if ranks not in limits.ranks:
+        several = limits.ranks
+        text = f"{several[0]} to {several[-1]}" if isinstance(several, range) else ", ".join(map(str, several))
+        yield f"it takes {text} ranks, not {ranks}"
+    if dim % limits.multiple or (limits.most is not None and dim > limits.most):
+        most = "" if limits.most is None else f" up to {limits.most}"
+        yield f"it takes hidden sizes that are multiples of {limits.multiple}{most}, not {dim}"
+    if limits.k is not None and k > limits.k:
+        yield f"it takes K up to {limits.k}, not {k}"
+    if limits.held is not None and held > limits.held:
+        yield f"it takes up to {limits.held} experts on a rank, not {held}"
+    if limits.experts is not None and held * ranks > limits.experts:
+        yield f"it takes up to {limits.experts} experts, not {held * ranks}"
+    if held * ranks % limits.together:
+        yield f"it takes numbers of experts that are multiples of {limits.together}, not {held * ranks}"
