@@ -30,6 +30,7 @@ from moebius.jax_frontend.matmul import grouped_matmul, linear
 from moebius.jax_frontend.moe import MoE, SharedExperts
 from moebius.jax_frontend.permute import Permuted, PermuteState, permute, unpermute
 from moebius.jax_frontend.route import Routing, expert_load, route, updated_correction_bias
+from moebius.jax_frontend.sharding import shard_experts
 from moebius.jax_frontend.trace import trace
 from moebius.jax_frontend.weights import load_parameters, load_state, parameters, state
 
@@ -62,6 +63,7 @@ __all__ = [
     "route",
     "seq_aux_loss",
     "set_aux_loss_scale",
+    "shard_experts",
     "state",
     "trace",
     "unpermute",

@@ -88,11 +88,51 @@ def routed(ids_TK: Int[Array, "T K"], token_mask_T: Bool[Array, " T"], n_experts
     return jnp.where(here_TK, ids_TK, no_route).astype(jnp.int32)
 
 
-def _not_over_ranks(problem: Problem) -> str | None:
-    return None if problem.ranks == 1 else f"experts over {problem.ranks} ranks are not built yet"
+def _one_rank(problem: Problem) -> str | None:
+    return None if problem.ranks == 1 else f"it moves nothing, and the experts lie on {problem.ranks} ranks"
 
 
+def _local(axis: str | None = None, combine_dtype: str | None = None) -> Any:
+    return Local()
+
+
+def _allgather(axis: str | None = None, combine_dtype: str | None = None) -> Any:
+    from moebius.jax_frontend.dispatch_allgather import AllGather  # which imports this file
+
+    return AllGather(axis, combine_dtype) if axis else Local()
+
+
+def _alltoall(
+    axis: str | None = None, combine_dtype: str | None = None, bound: int | None = None, on_overflow: str | None = None
+) -> Any:
+    from moebius.jax_frontend.dispatch_alltoall import AllToAll
+
+    return AllToAll(axis, combine_dtype, bound, on_overflow) if axis else Local()
+
+
+def _ragged_all_to_all(axis: str | None = None, combine_dtype: str | None = None) -> Any:
+    from moebius.jax_frontend.dispatch_ragged import RaggedAllToAll
+
+    return RaggedAllToAll(axis, combine_dtype) if axis else Local()
+
+
+# An implementation is called with the mesh axis over which the experts are spread, None for one rank, with
+# BackendConfig.combine_dtype and, of "alltoall", with its bound and what of tokens beyond it.
 DISPATCHERS = Registry("moebius.jax_frontend", "dispatch")
-DISPATCHERS.add(name="local", load=lambda: Local, supports=_not_over_ranks, note="one rank")
-DISPATCHERS.add(name="allgather", load=lambda: Local, supports=_not_over_ranks, note="one rank: the same as local")
-DISPATCHERS.add_unbuilt("alltoall", "ragged_all_to_all", "deepep", "hybridep", "uccl_ep", "te", "mok")
+DISPATCHERS.add(name="local", load=lambda: _local, supports=_one_rank, note="one rank")
+DISPATCHERS.add(name="allgather", load=lambda: _allgather, note="every rank sees all tokens; any number of ranks")
+DISPATCHERS.add(
+    name="alltoall",
+    load=lambda: _alltoall,
+    only_when_named=True,
+    note="a token travels once to each rank that holds one of its experts, in blocks of one size: "
+    "without dispatcher_bound as much as with allgather; any number of ranks",
+)
+DISPATCHERS.add(
+    name="ragged_all_to_all",
+    load=lambda: _ragged_all_to_all,
+    only_when_named=True,
+    note="as alltoall in blocks of any size, on GPUs and TPUs; any number of ranks",
+)
+DISPATCHERS.add_unbuilt("deepep", "deepep_elastic", "hybridep", "uccl_ep", why="it is PyTorch's alone")
+DISPATCHERS.add_unbuilt("te", "mok")

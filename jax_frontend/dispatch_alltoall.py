@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from moebius.core.config import ON_OVERFLOW
 from moebius.core.errors import ConfigError
 from moebius.jax_frontend.dispatch_ranks import OverRanks, Spread
 from moebius.jax_frontend.transport import Layout, added, swap
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-
-ON_OVERFLOW = ("count", "poison")
 
 
 class Slots(NamedTuple):
@@ -43,7 +41,7 @@ class AllToAll(OverRanks):
     Args:
         bound: tokens that one device sends another at most; None for all that it has.
         on_overflow: with a smaller bound, what of routes that find no room. "count": they count as no route, see
-            Spread.dropped_T. "poison": the tokens' outputs are NaN besides.
+            `dropped`. "poison": the tokens' outputs are NaN besides.
     """
 
     bound: int | None = None

@@ -86,7 +86,7 @@ class RaggedAllToAll(OverRanks):
 
     def _exchange(self, rows: Array, n_out: int, ours: Blocks, theirs: Blocks, longest: int) -> Array:
         """[n_out, ...]: this rank's blocks sent, the others' in their places, zeros elsewhere."""
-        (out,) = varying(self.axis, jnp.zeros((n_out, *rows.shape[1:]), rows.dtype))
+        rows, out = varying(self.axis, rows, jnp.zeros((n_out, *rows.shape[1:]), rows.dtype))
 
         def ragged(rows: Array, out: Array) -> Array:
             sizes = ours.sizes_n, ours.there_n, theirs.sizes_n

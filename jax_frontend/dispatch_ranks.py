@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from moebius.core.config import BackendConfig
+from moebius.core.dispatchers import order
 from moebius.core.errors import ConfigError
-from moebius.jax_frontend.dispatch import Sent, routed
+from moebius.core.registry import Problem
+from moebius.jax_frontend.dispatch import DISPATCHERS, Dispatcher, Sent, routed
 from moebius.jax_frontend.dtypes import promoted
+from moebius.jax_frontend.sharding import held
 from moebius.jax_frontend.transport import Layout, axis_size, collect, spread, varying
 
 if TYPE_CHECKING:
@@ -66,7 +70,7 @@ class OverRanks:
         Raises:
             ConfigError: the ranks do not divide the experts, or there is no such axis.
         """
-        e = self._held(n_experts)
+        e = held(n_experts, self.ranks)
         ids_TK = routed(ids_TK, token_mask_T, n_experts, -1)
         x_TD, weights_TK, ids_TK = varying(self.axis, x_TD, promoted(weights_TK, x_TD.dtype), ids_TK)
         layout, dropped_T = self.layout(ids_TK, e)
@@ -81,6 +85,12 @@ class OverRanks:
         dtype = state.like.dtype
         return collect(self, dtype, y_SD.astype(self.combine_dtype or dtype), state.layout)
 
+    def dropped(self, ids_TK: Int[Array, "T K"], token_mask_T: Bool[Array, " T"], n_experts: int) -> Int[Array, " T"]:
+        """int32, how many routes of each token find no room in `dispatch`; it moves no token."""
+        ids_TK = routed(ids_TK, token_mask_T, n_experts, -1)
+        (ids_TK,) = varying(self.axis, ids_TK)
+        return self.layout(ids_TK, held(n_experts, self.ranks))[1]
+
     def layout(self, ids_TK: Int[Array, "T K"], e: int) -> tuple[Layout, Array]:
         """Where tokens go, and [T] int32 how many of their routes find no room; ids in [0, E), -1 for none."""
         raise NotImplementedError
@@ -93,9 +103,32 @@ class OverRanks:
         """See Transport."""
         raise NotImplementedError
 
-    def _held(self, n_experts: int) -> int:
-        e, rest = divmod(n_experts, self.ranks)
-        if rest:
-            do = "use a number of ranks that divides the experts"
-            raise ConfigError(f"{n_experts} experts over {self.ranks} ranks", f"{rest} left over", do)
-        return e
+
+def choose_dispatcher(
+    name: str | None, problem: Problem, k: int, axis: str | None, backend: BackendConfig
+) -> Dispatcher:
+    """The dispatcher that `name` means for the ranks of a problem.
+
+    Args:
+        name: of moebius.core.config.DISPATCHERS, or None: "alltoall" where there is a bound, for which it is made, else
+            the first of moebius.core.dispatchers.order that may be chosen unnamed.
+        k: routes of a token. axis: of the mesh; None for one rank.
+        backend: its combine_dtype, dispatcher_bound and dispatcher_on_overflow are the dispatcher's.
+    Raises:
+        ConfigError: a bound with another name than "alltoall". Unsupported: see Registry.choose.
+    """
+    options: dict[str, Any] = {}
+    name = "allgather" if name == "torch" else name
+    if axis is not None and backend.dispatcher_bound is not None:
+        if name not in (None, "alltoall"):
+            asked = f"dispatcher_bound={backend.dispatcher_bound} with the dispatcher {name!r}"
+            raise ConfigError(asked, "a bound is alltoall's alone", 'name "alltoall", or leave one of them out')
+        name = "alltoall"
+        options = {"bound": backend.dispatcher_bound, "on_overflow": backend.dispatcher_on_overflow}
+    if name is None:
+        rows = [DISPATCHERS[row] for row in DISPATCHERS.names]
+        free = [row.name for row in rows if not row.only_when_named and row.supports(problem) is None]
+        name = order(problem.ranks, k, available=free)[0].name
+    chosen = DISPATCHERS.choose(name, problem)
+    dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(axis, backend.combine_dtype, **options)
+    return dispatcher

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import AbstractMesh, Mesh
 
 from moebius.core import layout
 from moebius.core.activations import Activation
@@ -19,15 +19,17 @@ from moebius.core.registry import Problem
 from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
-from moebius.jax_frontend.dispatch import DISPATCHERS, Dispatcher, Local
+from moebius.jax_frontend.dispatch import Dispatcher, Local
+from moebius.jax_frontend.dispatch_ranks import OverRanks, choose_dispatcher
 from moebius.jax_frontend.dtypes import as_dtype
-from moebius.jax_frontend.experts import WeightedActivation, experts
+from moebius.jax_frontend.experts import WeightedActivation
+from moebius.jax_frontend.gate import RoutingStatistic
 from moebius.jax_frontend.matmul import choose, device_of
+from moebius.jax_frontend.over_mesh import Count, Run, check_call, in_force, over_devices
 from moebius.jax_frontend.permute import choose_permuter
+from moebius.jax_frontend.sharding import ep_axis, shard_experts
 from moebius.jax_frontend.weights import draw, new_parameter
 
-# The axis of a mesh along which experts are spread; the name is NeMo Automodel's.
-EP = "ep"
 _ACTIVATIONS = ("expert_activation_grouped", "expert_activation")
 
 
@@ -59,6 +61,10 @@ class _Experts(nnx.Module):
         self.is_gated = self.config.activation.gated
         self.tap: Tap = untapped
         self._activation: WeightedActivation | None = None
+        self.ep_mesh: Mesh | None = None
+        counts = self.backend.dispatcher_bound is not None and self.backend.dispatcher_on_overflow == "count"
+        dropped = RoutingStatistic(jnp.zeros((), jnp.int32)) if counts else None
+        self.last_dropped: RoutingStatistic | None = nnx.data(dropped)
         self.gate_up_proj_bias: nnx.Param[Array] | None = nnx.data(None)
         self.down_proj_bias: nnx.Param[Array] | None = nnx.data(None)
         for row in layout.experts(self.config):
@@ -73,15 +79,16 @@ class _Experts(nnx.Module):
             choose_permuter(self.backend.permute, rows, self.n_routed_experts)
 
     def __call__(self, x: Array, token_mask: Array, weights: Array, indices: Array) -> Array:
-        """[T, D] in the compute dtype (`dtype` of the constructor, else x's); see `experts`."""
+        """[T, D] in the compute dtype (`dtype` of the constructor, else x's); see `experts`.
+
+        Over a mesh the arrays are those of all devices; inside of a shard_map over its axis of experts they are, like
+        the parameters, this device's.
+        """
         check_arrays(x=x)
         x = jnp.asarray(x, self.dtype)  # NumPy's float64 is JAX's only in x64 mode
-        return experts(
-            {row.name: getattr(self, row.name)[...] for row in layout.experts(self.config)},
-            x,
-            token_mask,
-            weights,
-            indices,
+        parameters = {row.name: getattr(self, row.name)[...] for row in layout.experts(self.config)}
+        tokens = x, token_mask, weights, indices
+        run = Run(
             config=self.config,
             backend=self._backend_asked,
             dispatcher=self._dispatcher(),
@@ -90,8 +97,40 @@ class _Experts(nnx.Module):
             remat=self.backend.remat,
             permute_backend=self.backend.permute,
             check=self.backend.checks == "full",
-            tap=self.tap,
         )
+        mesh = self._mesh_around()
+        if mesh is None:
+            y_TD = run(parameters, *tokens, tap=self.tap)
+        else:
+            check_call(run, parameters, *tokens)
+            y_TD = self.tap("combine", over_devices(run, mesh, parameters, tokens, check_vma=self._check_vma))
+        if self.last_dropped is not None:
+            self.last_dropped.set_value(jnp.sum(self.dropped(token_mask, indices), dtype=jnp.int32))
+        return y_TD
+
+    def dropped(self, token_mask: Array, indices: Array) -> Array:
+        """[T] int32: how many routes of each token a call drops, which only a dispatcher_bound can; see BackendConfig.
+
+        Args:
+            token_mask [T], indices [T, K]: of the call.
+        """
+        dispatcher, E = self._dispatcher(), self.config.n_routed_experts
+        if not isinstance(dispatcher, OverRanks):
+            return jnp.zeros(indices.shape[0], jnp.int32)
+        mesh = self._mesh_around()
+        if mesh is None:
+            return dispatcher.dropped(indices, token_mask, E)
+        return over_devices(Count(dispatcher, E), mesh, {}, (indices, token_mask))
+
+    def _mesh_around(self) -> Mesh | None:
+        """The mesh over whose devices a call has to be spread; None for one device, and on each of them."""
+        mesh = self.ep_mesh
+        return None if mesh is None or mesh.size == 1 or in_force(mesh) else mesh
+
+    @property
+    def _check_vma(self) -> bool:
+        # Transformer Engine's kernels do not say over which axes their results vary.
+        return "te" not in (self._backend_asked, self.backend.permute)
 
     def _no_rows(self) -> Array:
         """Rows of the shape and dtype that the experts will most likely see, where they will see them."""
@@ -100,6 +139,21 @@ class _Experts(nnx.Module):
 
     def _dispatcher(self) -> Dispatcher:
         raise NotImplementedError
+
+    def _choose(self, name: str | None, mesh: Any) -> Dispatcher:
+        """The dispatcher of that name over the axis of experts of `mesh`, None for one rank."""
+        axis = None if mesh is None else ep_axis(mesh)
+        ranks = 1 if axis is None else int(mesh.shape[axis])
+        rows, c = self._no_rows(), self.config
+        problem = Problem(
+            device=device_of(rows)[0],
+            dtype=str(rows.dtype),
+            dim=c.expert_dim,
+            inter_dim=c.moe_inter_dim,
+            n_experts=c.n_routed_experts // ranks,
+            ranks=ranks,
+        )
+        return choose_dispatcher(name, problem, c.n_activated_experts, axis if ranks > 1 else None, self.backend)
 
     # Hidden from type checkers, as Flax hides its own: they would let any attribute pass.
     if not TYPE_CHECKING:
@@ -121,7 +175,7 @@ class _Experts(nnx.Module):
 
 
 class GroupedExperts(_Experts):
-    """The routed experts as a module, on one rank.
+    """The routed experts as a module: on one device, or over those of a mesh.
 
     Unlike nnx.Linear, `param_dtype` follows the config and the computation follows x, as in PyTorch: parameters are
     cast to x's dtype, x is never promoted to theirs.
@@ -134,18 +188,26 @@ class GroupedExperts(_Experts):
         kernel_init: (key, shape, dtype) -> array for the matrices; None for N(0, 0.02).
         kernel_metadata: of the matrices' nnx.Param, e.g. {"out_sharding": ("expert", None, None)}; None for none. In
             jax.set_mesh of a mesh, whose axes are Auto, they are built on it; without a mesh nothing is moved.
+        mesh: jax.sharding.Mesh over whose only axis, or axis "ep", the experts are spread, as `shard_experts` does with
+            a module that there is; None for none. Under jit each device draws its own experts alone; where the mesh's
+            axes are Explicit it has to be in force there, by jax.set_mesh.
         rngs: its `params` stream gives a key for each matrix.
 
     Attributes:
         gate_and_up_projs [E, D, U], down_projs [E, I, D]: nnx.Param.
+        ep_mesh: the mesh, or None. A call takes and gives the tokens of all of its devices, split over them; see
+            over_mesh.over_devices. Inside of a shard_map over the axis it is this device's part.
+        last_dropped: RoutingStatistic [] int32, how many routes the latest call dropped, in all or, inside of such a
+            shard_map, of this device; None without a dispatcher_bound whose overflow is counted. Written as a gate's.
         gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
         expert_activation_grouped: assign (hidden [R, U], weights [R, 1]) -> [R, I] to compute that instead of the
             config's activation; None for the config's. A part of what jit compares: assign one function to all layers.
         backend_name: the grouped matmul's backend, chosen at construction.
-        tap: see `experts`; `untapped` by default.
+        tap: see `experts`; `untapped` by default. Over a mesh of the stage "combine" alone, whose rows are all tokens'.
 
     Raises:
-        ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
+        ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, a named backend cannot serve, or
+            the mesh does not fit the experts.
     """
 
     def __init__(
@@ -157,13 +219,16 @@ class GroupedExperts(_Experts):
         param_dtype: Any = None,
         kernel_init: Any = None,
         kernel_metadata: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(config, backend, None, dtype, param_dtype, kernel_init, kernel_metadata, rngs)
-        self.dispatcher = _choose_dispatcher(self.backend.dispatcher, self.config, self._no_rows(), 1)
+        self._choose(self.backend.dispatcher, mesh)  # refuses a dispatcher that is not there
+        if mesh is not None:
+            shard_experts(self, mesh)
 
     def _dispatcher(self) -> Dispatcher:
-        return self.dispatcher
+        return self._choose(self.backend.dispatcher, self.ep_mesh)
 
     @property
     def expert_activation_grouped(self) -> WeightedActivation:
@@ -184,7 +249,7 @@ class _Dispatched(_Experts):
         self,
         config: Any,
         backend: Any = None,
-        dispatcher_backend: str = "deepep",
+        dispatcher_backend: str | None = None,
         dispatcher_num_sms: int = 20,
         dispatcher_share_token_dispatcher: bool = True,
         dispatcher_async_dispatch: bool = False,
@@ -202,15 +267,23 @@ class _Dispatched(_Experts):
         self.dispatcher_async_dispatch = dispatcher_async_dispatch
         self.ep_size, self.ep_rank = 1, 0
         self.token_dispatcher: Dispatcher | None = None
+        self._dispatched_over: Mesh | None = None
 
     def _spread(self, ep_mesh: Any) -> None:
-        ranks = _ranks(ep_mesh)
-        dispatcher: Dispatcher = Local()
-        if ranks > 1:
-            dispatcher = _choose_dispatcher(self.dispatcher_backend, self.config, self._no_rows(), ranks)
-        self.ep_size, self.ep_rank, self.token_dispatcher = dispatcher.ranks, dispatcher.rank, dispatcher
+        axis = ep_axis(ep_mesh)
+        ranks = int(ep_mesh.shape[axis])
+        dispatcher = Local() if ranks == 1 else self._choose(self.dispatcher_backend, ep_mesh)
+        if ranks > 1 or not isinstance(ep_mesh, AbstractMesh):
+            shard_experts(self, ep_mesh)
+        self.ep_size, self.token_dispatcher, self._dispatched_over = ranks, dispatcher, self.ep_mesh
 
     def _dispatcher(self) -> Dispatcher:
+        if self._dispatched_over != self.ep_mesh:
+            raise ConfigError(
+                f"{type(self).__name__}.__call__ over the mesh {dict(self.ep_mesh.shape) if self.ep_mesh else None}",
+                "no dispatcher over it",
+                "call init_token_dispatcher(ep_mesh) first",
+            )
         return self.token_dispatcher or Local()
 
     @property
@@ -224,30 +297,30 @@ class _Dispatched(_Experts):
 
 
 class GroupedExpertsDeepEP(_Dispatched):
-    """The routed experts with a dispatcher of their own: the original's class, complete on one rank.
-
-    Several devices are no ranks here: under jit XLA moves what the arrays' shardings ask for, see `kernel_metadata`.
+    """The routed experts over the devices of a mesh, by a dispatcher of their own; complete on one without.
 
     Args:
         config, backend, dtype, param_dtype, kernel_init, kernel_metadata, rngs: as in GroupedExperts.
-        dispatcher_backend: how tokens reach other ranks, one of moebius.core.config.DISPATCHERS; on one rank any.
+        dispatcher_backend: how tokens reach other ranks, one of moebius.core.config.DISPATCHERS; on one rank any. None
+            to choose, which is the default here: the original's, "deepep", is PyTorch's.
         dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of DeepEP, which is PyTorch's.
 
     Attributes:
         As in GroupedExperts; the assignable activation is `expert_activation`.
-        token_dispatcher: None before `init_token_dispatcher`. ep_size, ep_rank: 1 and 0.
+        token_dispatcher: None before `init_token_dispatcher`. ep_size: 1 before it, then the ranks.
+        ep_rank: 0, as one program stands for all ranks; inside of a shard_map token_dispatcher.rank is the device's.
 
     Raises:
         ConfigError, BackendUnavailable, Unsupported: the config contradicts itself, or a named backend cannot serve.
     """
 
     def init_token_dispatcher(self, ep_mesh: Any) -> None:
-        """Build the dispatcher over `ep_mesh`.
+        """Spread the experts over `ep_mesh`, keeping their values, and build the dispatcher.
 
         Args:
             ep_mesh: jax.sharding.Mesh of one axis, or with an axis "ep".
         Raises:
-            ConfigError: it is no such mesh. Unsupported: the dispatcher does not serve so many ranks.
+            ConfigError: the mesh does not fit the experts. Unsupported: the dispatcher does not serve so many ranks.
         """
         self._spread(ep_mesh)
 
@@ -286,29 +359,3 @@ def weighted_activation(config: MoEConfig) -> WeightedActivation:
 
 def _weighted(hidden_RU: Array, weights_R1: Array, of: Activation) -> Array:
     return activate(hidden_RU, weights_R1[:, 0], of)
-
-
-def _ranks(mesh: Any) -> int:
-    """How many ranks share the experts: the length of the mesh's only axis, or of its axis "ep"."""
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        raise ConfigError("a jax.sharding.Mesh", f"a {type(mesh).__name__}", "make one with jax.make_mesh")
-    names = mesh.axis_names
-    if len(names) != 1 and EP not in names:
-        found = f"{len(names)} axes named {', '.join(map(str, names))}" if names else "no axis"
-        do = f'pass a mesh of the one axis, or name it "{EP}" in jax.make_mesh(axis_shapes, axis_names)'
-        raise ConfigError(f'a mesh of one axis, or with an axis "{EP}"', found, do)
-    return int(mesh.shape[names[0] if len(names) == 1 else EP])
-
-
-def _choose_dispatcher(name: str | None, config: MoEConfig, rows: Array, ranks: int) -> Dispatcher:
-    problem = Problem(
-        device=device_of(rows)[0],
-        dtype=str(rows.dtype),
-        dim=config.expert_dim,
-        inter_dim=config.moe_inter_dim,
-        n_experts=config.n_routed_experts // ranks,
-        ranks=ranks,
-    )
-    chosen = DISPATCHERS.choose("allgather" if name == "torch" else name, problem)
-    dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)()
-    return dispatcher

@@ -112,6 +112,7 @@ class GroupedExperts(_Layer):
     param_dtype: Any = None
     kernel_init: Any = None
     kernel_metadata: Any = None
+    mesh: Any = None
     expert_activation_grouped: Any = None
 
     _kind = grouped_experts.GroupedExperts
@@ -130,7 +131,7 @@ class GroupedExpertsDeepEP(_Layer):
     """
 
     backend: Any = None
-    dispatcher_backend: str = "deepep"
+    dispatcher_backend: str | None = None
     dispatcher_num_sms: int = 20
     dispatcher_share_token_dispatcher: bool = True
     dispatcher_async_dispatch: bool = False
@@ -241,6 +242,7 @@ class MoE(_Routing):
     param_dtype: Any = None
     kernel_init: Any = None
     kernel_metadata: Any = None
+    mesh: Any = None
     deterministic: bool = False
 
     _kind = moe.MoE

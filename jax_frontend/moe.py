@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from moebius.core import activations, checks, layout
 from moebius.core.config import BackendConfig, MoEConfig
@@ -120,6 +121,7 @@ class MoE(nnx.Module):
         dtype: to compute in; None for x's. param_dtype: to store in; None for the config's.
         kernel_init: (key, shape, dtype) -> array for every matrix; None for N(0, 0.02).
         kernel_metadata: of the routed experts' matrices, see GroupedExperts; None for none.
+        mesh: jax.sharding.Mesh over which the routed experts are spread, see GroupedExperts; None for none.
         rngs: its `params` stream gives a key for each matrix.
 
     Attributes:
@@ -141,6 +143,7 @@ class MoE(nnx.Module):
         param_dtype: Any = None,
         kernel_init: Any = None,
         kernel_metadata: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = c = MoEConfig.of(config)
@@ -159,7 +162,7 @@ class MoE(nnx.Module):
             self.gate = FakeBalancedGate(c, noise=b.fake_gate_noise)
         else:
             self.gate = Gate(c, b.gate_precision, route_backend=b.route, **kwargs)
-        self.experts = GroupedExperts(c, b, dtype=dtype, kernel_metadata=kernel_metadata, **kwargs)
+        self.experts = GroupedExperts(c, b, dtype=dtype, kernel_metadata=kernel_metadata, mesh=mesh, **kwargs)
         has_shared, latent = c.n_shared_experts > 0, c.moe_latent_size
         self.shared_experts = SharedExperts(c, **kwargs) if has_shared else None
         has_shared_gate = has_shared and c.shared_expert_gate

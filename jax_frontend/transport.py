@@ -75,7 +75,7 @@ def axis_size(axis: str) -> int:
     try:
         return int(lax.axis_size(axis))
     except NameError:
-        do = "call it inside of jax.shard_map over a mesh with that axis, or give the module the mesh"
+        do = "call it inside of jax.shard_map over a mesh with that axis, or call a module that holds the mesh"
         raise ConfigError(f'experts over the mesh axis "{axis}"', "no such axis is in force here", do) from None
 
 

@@ -171,3 +171,70 @@ def test_a_state_of_one_device_is_restored_over_four_and_computes_the_same(build
     first, rest = RESTORE.split("\n\n", 1)
     code = f"{first}\nfolder, config = {str(tmp_path)!r}, {CONFIG!r}\n{rest}"
     assert run_alone(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("restored\n")
+
+
+RESHARD = """
+import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from safetensors.flax import load_file, save_file
+from moebius.core import BackendConfig
+from moebius.jax_frontend import MoE, load_parameters, parameters, shard_experts
+
+LOOP = BackendConfig(experts="loop")
+kind = (AxisType.Auto,) * 2
+MESHES = {1: None, 2: jax.make_mesh((2, 2), ("data", "ep"), axis_types=kind),
+          4: jax.make_mesh((4, 1), ("ep", "data"), axis_types=kind)}
+
+def template(n):
+    # (graphdef, shapes with their places); what is no expert's lies everywhere.
+    layer = nnx.eval_shape(lambda: MoE(config, LOOP, rngs=nnx.Rngs(0)))
+    here = SingleDeviceSharding(jax.devices()[0])
+    if n > 1:
+        shard_experts(layer.experts, MESHES[n])
+        here = NamedSharding(MESHES[n], P())
+    graphdef, shapes = nnx.split(layer)
+    lie = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+    return graphdef, jax.tree.map(lie, shapes)
+
+def check(layer, n):
+    assert [len(value.sharding.device_set) for value in parameters(layer.experts).values()] == [4 if n > 1 else 1] * 4
+    assert {shard.data.shape[0] for shard in layer.experts.down_projs[...].addressable_shards} == {4 // n}
+    for name, value in parameters(layer).items():
+        assert np.asarray(value).tobytes() == wanted[name].tobytes(), name
+
+with np.load(folder + "/wanted.npz") as wanted:
+    wanted = dict(wanted)
+for n in (4, 2, 1):
+    layer = MoE(config, LOOP, mesh=MESHES[n], kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    before = {name: value.dtype for name, value in parameters(layer).items()}
+    load_parameters(layer, {name: jnp.asarray(wanted[name].view(dtype).reshape(value.shape))
+                            for (name, dtype), value in zip(before.items(), parameters(layer).values())})
+    check(layer, n)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(f"{folder}/{n}", nnx.state(layer))
+    save_file(parameters(layer), f"{folder}/{n}.safetensors")
+for saved, onto in ((4, 2), (2, 4), (4, 1), (1, 2)):
+    graphdef, shapes = template(onto)
+    with ocp.StandardCheckpointer() as checkpointer:
+        layer = nnx.merge(graphdef, checkpointer.restore(f"{folder}/{saved}", shapes))
+    check(layer, onto)
+    layer = MoE(config, LOOP, mesh=MESHES[onto], kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    load_parameters(layer, load_file(f"{folder}/{saved}.safetensors"))
+    check(layer, onto)
+print("restored")
+"""
+
+
+def test_experts_over_devices_are_saved_and_restored_over_other_numbers_of_them(tmp_path, run_alone):
+    """By orbax and by safetensors, with every bit."""
+    _, shapes = nnx.split(nnx.eval_shape(lambda: MoE(CONFIG, LOOP, rngs=nnx.Rngs(0))), nnx.Param, ...)[:2]
+    leaves = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(shapes)}
+    wanted = {
+        name: raw(leaf.dtype, leaf.shape, seed).view(np.uint8) for seed, (name, leaf) in enumerate(leaves.items())
+    }
+    np.savez(tmp_path / "wanted.npz", **wanted)
+    first, rest = RESHARD.split("\n\n", 1)
+    prelude = f"from moebius.core import MoEConfig\nfolder, config = {str(tmp_path)!r}, {CONFIG!r}"
+    code = f"{first}\n{prelude}\n{rest}"
+    assert run_alone(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("restored\n")

@@ -1,14 +1,18 @@
-"""Steps 3 and 9 on one rank."""
+"""Steps 3 and 9 on one rank, and which dispatcher a name means over several."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moebius.core import Unsupported
+from moebius.core import BackendConfig, ConfigError, Unsupported, config
 from moebius.core.registry import Problem
 from moebius.jax_frontend import Local
 from moebius.jax_frontend.dispatch import DISPATCHERS
+from moebius.jax_frontend.dispatch_allgather import AllGather
+from moebius.jax_frontend.dispatch_alltoall import AllToAll
+from moebius.jax_frontend.dispatch_ragged import RaggedAllToAll
+from moebius.jax_frontend.dispatch_ranks import choose_dispatcher
 
 
 def test_local_turns_every_id_without_a_route_into_the_first_past_the_end():
@@ -48,10 +52,63 @@ def test_local_objects_are_equal_so_that_two_layers_share_a_compilation():
     assert Local() == Local() and hash(Local()) == hash(Local())
 
 
+def problem(ranks):
+    return Problem(device="cpu", dtype="float32", dim=2, inter_dim=2, n_experts=4, ranks=ranks)
+
+
 @pytest.mark.parametrize("name", DISPATCHERS.names)
-def test_dispatchers_over_several_ranks_are_refused_until_built(name):
-    sizes = {"dtype": "float32", "dim": 2, "inter_dim": 2, "n_experts": 4}
-    problem = Problem(device="cpu", **sizes)
-    assert DISPATCHERS.implementation(DISPATCHERS.choose(name, problem)) is Local
-    with pytest.raises(Unsupported, match="2 ranks"):
-        DISPATCHERS.choose(name, Problem(device="cpu", ranks=2, **sizes))
+def test_dispatchers_of_one_rank_are_local(name):
+    assert DISPATCHERS.implementation(DISPATCHERS.choose(name, problem(1)))(None, "float32") == Local()
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("allgather", AllGather), ("alltoall", AllToAll), ("ragged_all_to_all", RaggedAllToAll)]
+)
+def test_dispatchers_over_ranks_are_made_of_their_axis_and_settings(name, kind):
+    made = DISPATCHERS.implementation(DISPATCHERS.choose(name, problem(4)))
+    assert made("ep", "float32") == kind("ep", "float32")
+
+
+def test_alltoall_is_made_of_its_bound():
+    made = DISPATCHERS.implementation(DISPATCHERS["alltoall"])
+    assert made("ep", None, bound=3, on_overflow="count") == AllToAll("ep", None, 3, "count")
+
+
+def test_local_over_ranks_is_refused():
+    with pytest.raises(Unsupported, match="it moves nothing, and the experts lie on 2 ranks"):
+        DISPATCHERS.choose("local", problem(2))
+
+
+@pytest.mark.parametrize("name", sorted(set(config.DISPATCHERS) - set(DISPATCHERS.names) - {"torch"}))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dispatchers_that_flax_does_not_have_are_refused_in_words(name, ranks):
+    why = "does not have it yet" if name in ("te", "mok") else "it is PyTorch's alone"
+    with pytest.raises(
+        Unsupported, match=f"'{name}' of moebius.jax_frontend.*\n.*{why}\ndo: name another of .*allgather"
+    ):
+        DISPATCHERS.choose(name, problem(ranks))
+
+
+# -------------------------------------------------------------------------------------------------------------- choice
+def chosen(name, ranks=4, k=2, **backend):
+    return choose_dispatcher(name, problem(ranks), k, "ep" if ranks > 1 else None, BackendConfig(**backend))
+
+
+def test_none_is_local_on_one_rank_and_allgather_over_several_whatever_k():
+    """Blocks of a static size move as much by alltoall without a bound, so it is not chosen unnamed."""
+    assert chosen(None, ranks=1) == Local()
+    assert {chosen(None, ranks, k) for ranks, k in [(2, 8), (8, 2), (64, 1)]} == {AllGather("ep")}
+
+
+def test_a_bound_chooses_alltoall_and_is_its_own():
+    bound = {"dispatcher_bound": 4, "dispatcher_on_overflow": "poison"}
+    for name in (None, "alltoall"):
+        assert chosen(name, **bound) == AllToAll("ep", None, 4, "poison")
+    assert chosen(None, ranks=1, **bound) == Local()
+    with pytest.raises(ConfigError, match="dispatcher_bound=4 with the dispatcher 'allgather'"):
+        chosen("torch", **bound)
+
+
+def test_the_originals_name_torch_means_allgather_and_settings_are_handed_on():
+    assert chosen("torch", combine_dtype="float32") == AllGather("ep", "float32")
+    assert chosen("alltoall") == AllToAll("ep")

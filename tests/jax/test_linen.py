@@ -322,7 +322,7 @@ def test_a_mesh_is_passed_to_the_constructor_and_refused_as_in_nnx(pair):
     inputs = LAYERS["GroupedExpertsDeepEP"][1]
     mesh = jax.sharding.AbstractMesh((2,), ("ep",))
     with pytest.raises(Unsupported, match="dispatch backend 'deepep'"):
-        linen.GroupedExpertsDeepEP(FULL, LOOP, ep_mesh=mesh).apply(variables, *inputs)
+        linen.GroupedExpertsDeepEP(FULL, LOOP, "deepep", ep_mesh=mesh).apply(variables, *inputs)
     one = jax.sharding.AbstractMesh((1,), ("ep",))
     assert linen.GroupedExpertsTE(FULL, LOOP, ep_mesh=one).apply(variables, *inputs).shape == X.shape
 
