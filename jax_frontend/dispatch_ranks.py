@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from moebius.core.config import BackendConfig
-from moebius.core.dispatchers import order
+from moebius.core.dispatchers import Choice, order
 from moebius.core.errors import ConfigError
 from moebius.core.registry import Problem
 from moebius.jax_frontend.dispatch import DISPATCHERS, Dispatcher, Sent, routed
@@ -104,6 +104,13 @@ class OverRanks:
         raise NotImplementedError
 
 
+def candidates(problem: Problem, k: int) -> tuple[Choice, ...]:
+    """What None tries for `problem`, the best first."""
+    rows = [DISPATCHERS[row] for row in DISPATCHERS.names]
+    free = [row.name for row in rows if not row.only_when_named and row.supports(problem) is None]
+    return order(problem.ranks, k, available=free)
+
+
 def choose_dispatcher(
     name: str | None, problem: Problem, k: int, axis: str | None, backend: BackendConfig
 ) -> Dispatcher:
@@ -126,9 +133,7 @@ def choose_dispatcher(
         name = "alltoall"
         options = {"bound": backend.dispatcher_bound, "on_overflow": backend.dispatcher_on_overflow}
     if name is None:
-        rows = [DISPATCHERS[row] for row in DISPATCHERS.names]
-        free = [row.name for row in rows if not row.only_when_named and row.supports(problem) is None]
-        name = order(problem.ranks, k, available=free)[0].name
+        name = candidates(problem, k)[0].name
     chosen = DISPATCHERS.choose(name, problem)
     dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(axis, backend.combine_dtype, **options)
     return dispatcher

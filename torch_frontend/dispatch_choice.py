@@ -52,9 +52,14 @@ def _refusal(name: str, problem: Problem) -> tuple[str, ...] | None:
     return None
 
 
-def _first(problem: Problem, k: int, group: Any, combine_dtype: str | None) -> Backend:
+def candidates(problem: Problem, k: int, combine_dtype: str | None = None) -> tuple[dispatchers.Choice, ...]:
+    """What None tries for `problem`, the best first, wherever their packages are installed."""
     could = [name for name in DISPATCHERS.names if _serves(name, problem, k, combine_dtype)]
-    wanted = [choice.name for choice in dispatchers.order(problem.ranks, k, available=could)]
+    return dispatchers.order(problem.ranks, k, available=could)
+
+
+def _first(problem: Problem, k: int, group: Any, combine_dtype: str | None) -> Backend:
+    wanted = [choice.name for choice in candidates(problem, k, combine_dtype)]
     here = {name for name in wanted if _refusal(name, problem) is None}
     # A library that this rank lacks another may have: where one could serve, all ranks ask.
     if any(DISPATCHERS[name].needs for name in wanted):

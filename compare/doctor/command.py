@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 
 from moebius import __version__
-from moebius.compare.doctor import backends, devices, packages, settings
-from moebius.compare.doctor.machine import Machine, ask_support, examine
+from moebius.compare.doctor import backends, choice, devices, packages, settings
+from moebius.compare.doctor.machine import Machine, ask_choice, ask_support, examine
 from moebius.compare.doctor.record import Report, Row
 from moebius.compare.doctor.support import markdown
 from moebius.compare.doctor.text import written
+from moebius.core.errors import ConfigError
 
 _TIMEOUT = 60.0  # a first import from a cold disk takes half a minute
 _JUDGES = (packages.judge, devices.judge, backends.judge, settings.judge)
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     if asked.markdown:
         return _print_support(asked.timeout)
+    if asked.explain:
+        return _print_choice(asked.explain, asked.timeout)
     start = time.monotonic()
     found = rows(examine(timeout=asked.timeout))
     report = Report(
@@ -58,6 +61,26 @@ def _print_support(timeout: float) -> int:
     return 0
 
 
+def _print_choice(text: str, timeout: float) -> int:
+    try:
+        layer = choice.sizes(text)
+    except ConfigError as error:
+        return _refuse(error.asked, error.found, error.do)
+    asked = f"doctor --explain {text}"
+    e, k, dim, inter, _, ranks = layer
+    found = {}
+    for frontend, answer in ask_choice((e, k, dim, inter, ranks), timeout=timeout).items():
+        trouble = answer.trouble("explain")
+        if trouble:
+            do = "`moebius doctor` says what is here"
+            return _refuse(asked, f"the {frontend} frontend cannot be asked: {trouble}", do)
+        found[frontend] = answer.facts["explain"]
+    if not found:
+        return _refuse(asked, "neither torch nor jax and flax are installed", packages.install("torch"))
+    print("\n".join(choice.lines(layer, found)))
+    return 0
+
+
 def _refuse(asked: str, found: str, do: str) -> int:
     print(f"asked: moebius {asked}\nfound: {found}\ndo: {do}", file=sys.stderr)
     return 2
@@ -82,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--json", action="store_true", help="print JSON and nothing else")
     kind.add_argument("--markdown", action="store_true", help="print what each backend supports, on any machine")
+    kind.add_argument(
+        "--explain",
+        metavar=choice.SIZES,
+        help="which backends a layer of these sizes gets here in bfloat16 where none is named, and why",
+    )
     parser.add_argument(
         "--strict", nargs="+", default=[], metavar="NAME", help="packages and backends that have to be ok"
     )

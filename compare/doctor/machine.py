@@ -85,6 +85,17 @@ def ask_support(*, timeout: float) -> dict[str, Answer]:
     return ask(probes, timeout=timeout)
 
 
+def ask_choice(sizes: tuple[int, ...], *, timeout: float) -> dict[str, Answer]:
+    """Every installed frontend's answers to which backends it takes for a layer (E, K, D, I, ranks), and why."""
+    arguments = ("explain", *map(str, sizes))
+    probes = {
+        name: Probe(module=f"{_HERE}.probe_{name}", arguments=arguments)
+        for name in FRONTENDS
+        if all(installed(package) for package in NEEDS[name])
+    }
+    return ask(probes, timeout=timeout)
+
+
 def _loads(answers: Mapping[str, Answer]) -> dict[str, Probe]:
     """One probe for each backend that imports a package of its own: it may abort, and take no other backend with it."""
     found = {}

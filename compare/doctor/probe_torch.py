@@ -10,11 +10,12 @@ from moebius.compare.doctor.rounding import OPERAND, WIDTH, error_of
 
 
 def main(question: str = "all", *arguments: str) -> None:
-    """Reply to "all", to "support", or to "load" of an operation's backend."""
+    """Reply to "all", to "support", to "load" of an operation's backend, or to "explain" of a layer."""
     questions: dict[str, dict[str, Callable[[], Any]]] = {
         "all": {"import": _import, "devices": _devices, "precision": _precision, "backends": _backends},
         "support": {"support": _support},
         "load": {"load": lambda: _load(*arguments)},
+        "explain": {"explain": lambda: _explain(*arguments)},
     }
     reply(questions[question])
 
@@ -84,6 +85,16 @@ def _load(operation: str, name: str) -> dict[str, str]:
     from moebius.compare.doctor.registries import load
 
     return load(_registries(), operation, name)
+
+
+def _explain(*sizes: str) -> dict[str, Any]:
+    import torch
+
+    from moebius.compare.doctor.registries import explain
+    from moebius.torch_frontend.dispatch_choice import candidates
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return explain(_registries()[:2], candidates, capability, *map(int, sizes))
 
 
 def _registries() -> tuple[Any, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moebius.core.dispatchers import Choice
 from moebius.core.registry import Backend, Problem, Registry
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -70,6 +71,47 @@ def load(registries: Sequence[Registry], operation: str, name: str) -> dict[str,
     registry.implementation(registry[name])
     says = registry[name].says
     return {"says": "" if says is None else says()}
+
+
+def explain(
+    registries: Sequence[Registry],
+    candidates: Callable[[Problem, int], Sequence[Choice]],
+    capability: tuple[int, int] | None,
+    n_experts: int,
+    k: int,
+    dim: int,
+    inter_dim: int,
+    ranks: int,
+) -> dict[str, Any]:
+    """What None means for a layer in bfloat16 on this machine's kind of device, and why.
+
+    Args:
+        registries: of one frontend, the grouped matmul's and the dispatchers'. candidates: its rule for dispatchers.
+        capability: of its GPU; None for the CPU. n_experts, k, dim, inter_dim: E, K, D, I. ranks: that share experts.
+    Returns:
+        "device" in words; "grouped_matmul" and "dispatch", each (name, state) of every backend. A state is "chosen",
+        with the reason of a dispatcher, "available", "available when named" or the reason against.
+    """
+    device = "cpu" if capability is None else "cuda"
+    problem = Problem(
+        device=device,
+        dtype="bfloat16",
+        dim=dim,
+        inter_dim=inter_dim,
+        n_experts=n_experts // ranks,
+        capability=capability,
+        ranks=ranks,
+    )
+    matmul, dispatch = registries
+    why = {choice.name: choice.why for choice in candidates(problem, k)}
+    states = dict(dispatch.explain(problem))
+    usable = [name for name in why if dispatch[name].missing() is None]
+    for name in states:
+        if name in usable:
+            states[name] = f"{'chosen' if name == usable[0] else 'available'}: {why[name]}"
+        elif states[name] == "chosen":  # by its place in the table, which is not the dispatchers' rule
+            states[name] = "available when named"
+    return {"device": str(problem), "grouped_matmul": matmul.explain(problem), "dispatch": list(states.items())}
 
 
 def _served(registry: Registry, backend: Backend, device: str) -> dict[str, list[str]]:
