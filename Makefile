@@ -1,6 +1,7 @@
 # `make` lists the targets. Every target sets up .venv first where it has to; PYTHON=... names another interpreter.
 PY := .venv/bin/python
-JOBS ?= 2
+# More than the cores of a small machine: tests of several processes wait for one another.
+JOBS ?= 3
 PYTEST := $(PY) -m pytest -q
 # One thread a worker: workers share the cores, and sums then have one order.
 # A file stays with one worker: what its first test compiles, the next ones reuse.

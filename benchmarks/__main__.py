@@ -1,8 +1,8 @@
 """`python -m benchmarks`: the benchmarks that run on this machine's CPU, as tables of ratios.
 
 Compared in one process and one run: the runs of all candidates are interleaved, and the figure is the median.
-`calibration` and `compare` measure the numerics report itself. A GPU's benchmarks run one at a time, by name, and have
-options of their own: `python -m benchmarks gpu_experts --help`.
+`calibration` and `compare` measure the numerics report itself. A GPU's benchmarks and `paper_dispatch`, which measures
+nothing, run one at a time, by name, and have options of their own: `python -m benchmarks gpu_experts --help`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ SUITES = {
     "calibration": "calibration",
     "compare": "cpu_compare",
 }
-GPU_SUITES = ("gpu_experts", "gpu_flax")
+# With options of their own; "paper_dispatch" runs nothing but arithmetic.
+APART = ("gpu_experts", "gpu_flax", "paper_dispatch")
 
 
 def main() -> int:
-    """Run the suites that were named, or all; or the GPU's that was."""
-    if len(sys.argv) > 1 and sys.argv[1] in GPU_SUITES:
+    """Run the suites that were named, or all; or the one that has options of its own."""
+    if len(sys.argv) > 1 and sys.argv[1] in APART:
         return int(import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", nargs="*", choices=[[], *SUITES], default=[], help="which; all by default")

@@ -278,6 +278,9 @@ class BackendConfig(_FromAttributes):
             another at most in one call; None for all that it has, which drops nothing and sends as much as "allgather".
         dispatcher_on_overflow: what of routes that find no room within the bound, one of ON_OVERFLOW. "count": they
             count as no route, and the experts record how many. "poison": their tokens' outputs are NaN.
+        dispatcher_max_tokens: in PyTorch, no rank has more tokens in any call, alike on all ranks: "allgather", taken
+            where none is named, and DeepEP's kin then read nothing on the host, and travel and compute as if every rank
+            had as many. None to count them.
         dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of the DeepEP dispatchers.
         fake_balanced_gate: route evenly without looking at x, for benchmarks.
         fake_gate_noise: share of randomness in the fake gate, 0 to 1.
@@ -303,6 +306,7 @@ class BackendConfig(_FromAttributes):
     combine_dtype: Any = None
     dispatcher_bound: int | None = None
     dispatcher_on_overflow: str | None = None
+    dispatcher_max_tokens: int | None = None
     dispatcher_num_sms: int = 20
     dispatcher_share_token_dispatcher: bool = True
     dispatcher_async_dispatch: bool = False
@@ -329,8 +333,9 @@ class BackendConfig(_FromAttributes):
             _one_of("linear", self.linear, LINEAR_BACKENDS)
         if self.dispatcher is not None:
             _one_of("dispatcher", self.dispatcher, DISPATCHERS)
-        if self.dispatcher_bound is not None:
-            _integer("dispatcher_bound", self.dispatcher_bound, 1)
+        for name in ("dispatcher_bound", "dispatcher_max_tokens"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
         if self.dispatcher_on_overflow is not None:
             _one_of("dispatcher_on_overflow", self.dispatcher_on_overflow, ON_OVERFLOW)
         _one_of("remat", self.remat, REMATS)

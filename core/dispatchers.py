@@ -12,6 +12,8 @@ from typing import NamedTuple
 # Those that send a token once to each rank that wants it, fastest first. Names that are not here are never chosen.
 _ONCE_A_RANK = ("deepep", "alltoall")
 _ALL_TO_EVERY_RANK = "allgather"
+# Of a rank's tokens, from which on counting those that travel is not worth its message and its wait.
+_NEARLY_ALL = 0.9
 
 
 class Choice(NamedTuple):
@@ -43,7 +45,7 @@ def order(ranks: int, k: int, *, available: Sequence[str]) -> tuple[Choice, ...]
         return tuple(Choice(name, "one rank: nothing moves") for name in ("local",) if name in available)
     part = f"{share(ranks, k):.0%} of the tokens have a route to a given one of {ranks} ranks"
     once = [Choice(name, f"{part}: only those travel") for name in _ONCE_A_RANK]
-    if k >= ranks:
+    if share(ranks, k) >= _NEARLY_ALL:
         every = Choice(_ALL_TO_EVERY_RANK, f"{part}: nearly all would travel anyway, and nobody has to count them")
         choices = [every, *once]
     else:

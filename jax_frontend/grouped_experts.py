@@ -55,6 +55,9 @@ class _Experts(nnx.Module):
         if self.backend.te_fp8 is not None:
             do = "run the layer inside transformer_engine.jax.autocast(recipe=...)"
             raise Unsupported(f"te_fp8={self.backend.te_fp8!r}", "the experts take FP8 from the autocast alone", do)
+        if self.backend.dispatcher_max_tokens is not None:
+            asked = f"dispatcher_max_tokens={self.backend.dispatcher_max_tokens}"
+            raise Unsupported(asked, "in Flax shapes are static, and nothing is read on the host", "leave it out")
         self.dtype = None if dtype is None else as_dtype(dtype)
         self.n_routed_experts = self.config.n_routed_experts
         self.expert_bias = self.config.expert_bias

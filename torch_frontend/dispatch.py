@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from moebius.core.errors import Unsupported
 from moebius.core.registry import Problem, Registry
 from moebius.torch_frontend.dispatch_limits import against
 from moebius.torch_frontend.dtypes import promoted
@@ -60,7 +61,7 @@ class Dispatcher(Protocol):
 
 
 class Options(NamedTuple):
-    """What a dispatcher over a library's communication buffer is built for; the others need none of it.
+    """What a dispatcher over a library's communication buffer is built for; of the others max_tokens alone matters.
 
     Attributes:
         dim: D at most. n_experts: E. k: routes of a token.
@@ -163,12 +164,15 @@ def _allgather(group: Any = None, combine_dtype: str | None = None, options: Opt
         return Local()
     from moebius.torch_frontend.dispatch_allgather import AllGather  # which imports this file
 
-    return AllGather(group, combine_dtype)
+    return AllGather(group, combine_dtype, None if options is None else options.max_tokens)
 
 
 def _alltoall(group: Any = None, combine_dtype: str | None = None, options: Options | None = None) -> Dispatcher:
     if group is None:
         return Local()
+    if options is not None and options.max_tokens is not None:
+        found = "alltoall counts what travels, on the host"
+        raise Unsupported(f"dispatcher_max_tokens={options.max_tokens}", found, "name 'allgather', or leave it out")
     from moebius.torch_frontend.dispatch_alltoall import AllToAll
 
     return AllToAll(group, combine_dtype)

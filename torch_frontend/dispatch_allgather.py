@@ -14,14 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from moebius.core.errors import ShapeError
 from moebius.core.liveness import Position
-from moebius.torch_frontend.dispatch_ranks import Note, OverRanks, all_gather, wanted
+from moebius.torch_frontend.dispatch import Sent
+from moebius.torch_frontend.dispatch_ranks import Note, OverRanks, Spread, all_gather, not_compiled, wanted
 from moebius.torch_frontend.liveness import collective, peers
 from moebius.torch_frontend.recompute import recomputing
 from moebius.torch_frontend.transport import added, collect, exchange
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Bool, Float, Int
 
 Lengths = tuple[int, ...]  # each rank's number of tokens
 
@@ -30,11 +32,54 @@ class AllGather(OverRanks):
     """Each rank computes its own experts' routes of all tokens.
 
     Collectives: four forward (sizes, tokens, routes, outputs), of which the first is read on the host, and three
-    backward. Args, Raises: see OverRanks.
+    backward. With `max_tokens` there is no first, and nothing is read: every rank's tokens are filled up to as many
+    with masked ones. Nothing is compared either, and every rank takes part in a backward pass where gradients are on.
+
+    Args:
+        max_tokens: that no rank exceeds in any call, alike on all of them; None to tell one another.
+        others: see OverRanks.
+
+    Raises: as OverRanks.
     """
+
+    def __init__(self, group: Any = None, combine_dtype: str | None = None, max_tokens: int | None = None):
+        super().__init__(group, combine_dtype)
+        self.max_tokens = max_tokens
+
+    @not_compiled
+    def dispatch(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        weights_TK: Float[Tensor, "T K"],
+        ids_TK: Int[Tensor, "T K"],
+        token_mask_T: Bool[Tensor, " T"],
+        n_experts: int,
+    ) -> tuple[Sent, Spread]:
+        """See OverRanks.
+
+        Raises:
+            ShapeError: more than max_tokens, on this rank alone.
+        """
+        tokens = x_TD.shape[0]
+        if self.max_tokens is None:
+            return super().dispatch(x_TD, weights_TK, ids_TK, token_mask_T, n_experts)
+        more = self.max_tokens - tokens
+        if more < 0:
+            found, do = f"dispatcher_max_tokens={self.max_tokens}", "give more, alike on every rank, or None"
+            raise ShapeError(f"allgather of {tokens} tokens", found, do)
+        filled = (_filled(value, more) for value in (x_TD, weights_TK, ids_TK, token_mask_T))
+        sent, state = super().dispatch(*filled, n_experts)
+        return sent, state._replace(tokens=tokens)
+
+    @not_compiled
+    def combine(self, y_SD: Float[Tensor, "S D"], state: Spread) -> Tensor:
+        """See OverRanks."""
+        return super().combine(y_SD, state)[: state.tokens]
 
     def layout(self, note: Note, ids_TK: Int[Tensor, "T K"], e: int) -> tuple[Lengths, tuple[bool, bool]]:
         """Every token goes everywhere."""
+        if self.max_tokens is not None:
+            return (self.max_tokens,) * self.ranks, (bool(note.grad), bool(note.grad))
         notes, _ = self.exchange_notes(note, ids_TK.new_empty(0))
         return tuple(note.tokens for note in notes), wanted(notes)
 
@@ -81,6 +126,11 @@ class _AllGatherConcatVarlenFn(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         return collect(ctx.transport, ctx.lengths, grad_output, grad_output.dtype), None, None, None
+
+
+def _filled(value_TX: Tensor, more: int) -> Tensor:
+    """With `more` rows of zeros, which in a mask say no."""
+    return torch.cat([value_TX, value_TX.new_zeros(more, *value_TX.shape[1:])]) if more else value_TX
 
 
 def _gathered(local: Tensor, group: Any, lengths: Lengths) -> Tensor:

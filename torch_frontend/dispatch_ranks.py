@@ -47,11 +47,12 @@ def not_compiled(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Spread(NamedTuple):
-    """What `combine` needs: where tokens went, the dtype of x, and of which forward pass they are."""
+    """What `combine` needs: where tokens went, the dtype of x, of which forward pass they are, and how many."""
 
     layout: Layout
     dtype: torch.dtype
     carrier: Carrier
+    tokens: int
 
 
 class Carrier(NamedTuple):
@@ -132,7 +133,7 @@ class OverRanks:
         x_SD, weights_SK, ids_SK = spread(carrier, layout, x_TD, weights_TK, ids_TK, grads)
         local_SK = ids_SK - self.rank * e
         local_SK = torch.where((local_SK >= 0) & (local_SK < e), local_SK, e)
-        return Sent(x_SD, weights_SK, local_SK), Spread(layout, x_TD.dtype, carrier)
+        return Sent(x_SD, weights_SK, local_SK), Spread(layout, x_TD.dtype, carrier, x_TD.shape[0])
 
     @not_compiled
     def combine(self, y_SD: Float[Tensor, "S D"], state: Spread) -> Tensor:

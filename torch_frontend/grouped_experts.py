@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class _Experts(AllOrNothing):
     down_projs: nn.Parameter
     gate_up_proj_bias: nn.Parameter | None
     down_proj_bias: nn.Parameter | None
+    _work: Callable[[], None] | None = None
 
     def __init__(
         self, config: Any, backend: Any, default_backend: str | None, dtype: Any, param_dtype: Any, device: Any
@@ -69,25 +71,23 @@ class _Experts(AllOrNothing):
         self.backend_name = choose(self._backend_asked, rows, weight.shape).name
         self.init_weights()
 
-    def forward(
-        self,
-        x: Tensor,
-        token_mask: Tensor,
-        weights: Tensor,
-        indices: Tensor,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`.
+    @contextmanager
+    def meanwhile(self, work: Callable[[], None]) -> Iterator[None]:
+        """In it a call computes `work`, once, while its tokens travel, by a dispatcher that can."""
+        self._work = work
+        try:
+            yield
+        finally:
+            self._work = None
 
-        Args:
-            meanwhile: computed while tokens travel, by a dispatcher that can; called once.
-        """
+    def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
         parameters = self._parameters_by_name()
         dispatcher: Any = self._dispatcher(mesh_of(parameters))
         if dispatcher.ranks > 1:
             dispatcher.layer = preflight.begin(self, dispatcher.group)
-        if meanwhile is not None:
-            dispatcher = During(dispatcher, meanwhile)
+        if self._work is not None:
+            dispatcher = During(dispatcher, self._work)
         return experts(
             {name: local(value) for name, value in parameters.items()},
             computed(x, self.dtype),
@@ -128,15 +128,21 @@ class _Experts(AllOrNothing):
             ranks=ranks,
         )
         k = self.config.n_activated_experts
-        chosen = agreed("allgather" if name == "torch" else name, problem, k, group, self.backend.combine_dtype)
-        options = Options(self.config.expert_dim, self.config.n_routed_experts, k, *self._settings())
-        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, self.backend.combine_dtype, options)
+        if name == "torch" or (name is None and group is not None and self.backend.dispatcher_max_tokens is not None):
+            name = "allgather"
+        chosen = agreed(name, problem, k, group, self.backend.combine_dtype)
+        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, self.backend.combine_dtype, self._options())
         return dispatcher
 
     def _settings(self) -> tuple[int, bool, bool]:
         """num_sms, share and asynchronous of Options."""
         b = self.backend
         return b.dispatcher_num_sms, b.dispatcher_share_token_dispatcher, b.dispatcher_async_dispatch
+
+    def _options(self) -> Options:
+        c = self.config
+        sizes = c.expert_dim, c.n_routed_experts, c.n_activated_experts
+        return Options(*sizes, *self._settings(), self.backend.dispatcher_max_tokens)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _ACTIVATIONS and not hasattr(type(self), name):

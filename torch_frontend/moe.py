@@ -164,7 +164,8 @@ class MoE(AllOrNothing):
         routed = latent_TD, token_mask_T, weights_TK, ids_TK
         shared: list[Tensor] = []
         if self.shared_experts is not None and self.backend.dispatcher_async_dispatch:
-            y_TD = self.experts(*routed, partial(self._share, x_TD, shared))
+            with self.experts.meanwhile(partial(self._share, x_TD, shared)):
+                y_TD = self.experts(*routed)
         else:
             y_TD = self.experts(*routed)
         if self.fc2_latent_proj is not None:

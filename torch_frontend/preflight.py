@@ -109,6 +109,7 @@ def facts(module: Any) -> dict[str, Any]:
         "experts": module.backend_name,
         "dispatcher": {"torch": "allgather"}.get(asked, asked),
         "combine_dtype": module.backend.combine_dtype,
+        "max_tokens": module.backend.dispatcher_max_tokens,
     }
 
 

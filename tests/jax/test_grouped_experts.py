@@ -380,6 +380,8 @@ def test_a_backend_of_permute_that_cannot_serve_is_refused_at_construction(kind)
 def test_an_fp8_recipe_is_refused(kind):
     with pytest.raises(Unsupported, match=r"te_fp8='recipe'\n.*autocast alone\ndo: .*transformer_engine\.jax\.auto"):
         kind(CONFIG, BackendConfig(te_fp8="recipe", experts="te"), rngs=nnx.Rngs(0))
+    with pytest.raises(Unsupported, match=r"dispatcher_max_tokens=8\n.*shapes are static"):
+        kind(CONFIG, BackendConfig(dispatcher_max_tokens=8), rngs=nnx.Rngs(0))
 
 
 # ------------------------------------------------------------------------------------------------------------- sharding

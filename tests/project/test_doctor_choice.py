@@ -25,7 +25,7 @@ def test_explain_on_one_rank_chooses_local_and_what_the_frontend_would(frontend)
     assert "D=2048, I=768, 128 experts" in answer["device"]
 
 
-@pytest.mark.parametrize(("ranks", "wanted"), [(2, "allgather"), (8, "allgather"), (32, "alltoall")])
+@pytest.mark.parametrize(("ranks", "wanted"), [(2, "allgather"), (8, "alltoall"), (32, "alltoall")])
 def test_explain_over_ranks_in_pytorch_follows_ranks_and_routes(ranks, wanted):
     ((name, why),) = state(probe_torch._explain("128", "8", "2048", "768", str(ranks)), "dispatch").items()
     assert name == wanted and f"of {ranks} ranks" in why

@@ -60,7 +60,6 @@ ARGUMENTS = {
     "cp_axis": "jax: inside of shard_map ranks are the devices of a named mesh axis; see cp_mesh",
     "group": "torch: ranks are a process group; see axis_name",
     "axis_name": "jax: inside of shard_map ranks are the devices of a named mesh axis; see group",
-    "meanwhile": "torch: eager calls overlap where they are made; XLA schedules a program by itself",
     "rngs": "jax: random numbers are passed, not global",
     "kernel_init": "jax: Flax's convention for initial values",
     "kernel_metadata": "jax: Flax's convention for sharding metadata",
@@ -73,15 +72,16 @@ ARGUMENTS = {
 _REPR = "torch: nn.Module's convention; NNX prints every attribute"
 _STEP = "jax: this step has backends, PyTorch has one permute and one route"
 _KEPT = "jax: the backward pass keeps more or less, as `remat` says"
+_EAGER = "torch: eager calls overlap where they are made; XLA schedules a program by itself"
 _BOUND = "jax: shapes are static, so what travels may have a bound; PyTorch's ranks count it"
 _RAW = "torch: a kernel without gradient, which both the step's operator and lean.py run"
 # (file, name) -> why it differs.
 NAMES = {
     ("dispatch.py", "Options"): _LIBRARY,
-    ("dispatch.py", "During"): "torch: as the argument meanwhile",
-    ("dispatch.py", "During.__init__"): "torch: as the argument meanwhile",
-    ("dispatch.py", "During.dispatch"): "torch: as the argument meanwhile",
-    ("dispatch.py", "During.combine"): "torch: as the argument meanwhile",
+    ("dispatch.py", "During"): _EAGER,
+    ("dispatch.py", "During.__init__"): _EAGER,
+    ("dispatch.py", "During.dispatch"): _EAGER,
+    ("dispatch.py", "During.combine"): _EAGER,
     ("gate.py", "RoutingStatistic"): "jax: NNX keeps state in Variable classes",
     ("gate.py", "LossScale"): "jax: NNX keeps state in Variable classes",
     ("replay.py", "ReplayIds"): "jax: NNX keeps state in Variable classes",
@@ -92,6 +92,9 @@ NAMES = {
     ("grouped_experts.py", "GroupedExperts.extra_repr"): _REPR,
     ("grouped_experts.py", "GroupedExpertsDeepEP.extra_repr"): _REPR,
     ("grouped_experts.py", "GroupedExpertsTE.extra_repr"): _REPR,
+    ("grouped_experts.py", "GroupedExperts.meanwhile"): _EAGER,
+    ("grouped_experts.py", "GroupedExpertsDeepEP.meanwhile"): _EAGER,
+    ("grouped_experts.py", "GroupedExpertsTE.meanwhile"): _EAGER,
     ("grouped_experts.py", "GroupedExperts.dropped"): _BOUND,
     ("grouped_experts.py", "GroupedExpertsDeepEP.dropped"): _BOUND,
     ("grouped_experts.py", "GroupedExpertsTE.dropped"): _BOUND,

@@ -270,6 +270,58 @@ def test_alltoall_enters_the_same_collectives_on_every_rank_and_none_where_nobod
         assert backward == [["exchange"] * 3] * 2 + [[]] + [["exchange"] * 2]
 
 
+def _static() -> tuple[list[str], list[bool]]:
+    """Collectives of a forward and a backward pass with max_tokens, and whether the host looked at a value."""
+    from moebius.torch_frontend import dispatch_allgather, dispatch_ranks
+    from moebius.torch_frontend.dispatch_allgather import AllGather
+
+    log: list[str] = []
+    looked: list[bool] = []
+
+    def logged(function, name):
+        def call(*args, **settings):
+            log.append(name)
+            return function(*args, **settings)
+
+        return call
+
+    gather = logged(dispatch_ranks.all_gather, "gather")
+    dispatch_ranks.all_gather = dispatch_allgather.all_gather = gather
+    dist.all_to_all_single = logged(dist.all_to_all_single, "exchange")
+    for name in ("tolist", "item", "__bool__", "__int__", "__index__"):
+        plain = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, lambda self, plain=plain: (looked.append(True), plain(self))[1])
+    t = 3 if dist.get_rank() else 0
+    x, weights = torch.ones(t, D, requires_grad=True), torch.ones(t, K, requires_grad=True)
+    dispatcher = AllGather(None, None, max_tokens=4)
+    sent, state = dispatcher.dispatch(x, weights, torch.zeros(t, K, dtype=torch.int64), torch.ones(t, dtype=bool), E)
+    y = dispatcher.combine(sent.x_SD * sent.weights_SK.sum(1, keepdim=True), state)
+    y.sum().backward()
+    assert sent.x_SD.shape == (8, D) and y.shape == (t, D)
+    return log, looked
+
+
+def test_all_gather_of_at_most_so_many_tokens_reads_nothing_on_the_host() -> None:
+    for log, looked in ranks.run(_static, 2):
+        assert log == ["gather", "gather", "exchange", "gather", "exchange", "exchange"] and not looked
+
+
+def _too_many() -> str:
+    from moebius.torch_frontend.dispatch_allgather import AllGather
+
+    mask = torch.ones(5, dtype=torch.bool)
+    try:
+        AllGather(None, None, max_tokens=4).dispatch(torch.ones(5, D), torch.ones(5, K), torch.zeros(5, K), mask, E)
+    except ShapeError as error:
+        return str(error)
+    return ""
+
+
+def test_all_gather_of_more_tokens_than_it_was_told_is_refused() -> None:
+    for said in ranks.run(_too_many, 2):
+        assert "allgather of 5 tokens" in said and "dispatcher_max_tokens=4" in said
+
+
 def _functions() -> dict[str, object]:
     """What else is asked of one rank of two, each with what is true of it."""
     from moebius.torch_frontend.dispatch_allgather import AllGather, _AllGatherConcatVarlenFn

@@ -215,7 +215,7 @@ def test_agreed_of_a_library_of_another_code_base_says_what_each_rank_has() -> N
 def test_agreed_of_none_leaves_a_library_out_where_its_limits_are_passed() -> None:
     for answer in _answers():
         assert (answer["float32"], answer["combine_dtype"], answer["wide"]) == ("alltoall",) * 3
-        assert answer["k_2"] == "allgather"  # of 2 ranks most tokens go to both
+        assert answer["k_2"] == "deepep"  # of 2 ranks a quarter of the tokens stay at home
         assert answer["unknown"].startswith("ConfigError")
 
 

@@ -26,7 +26,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"expert_bias": True, "dtype": "bfloat16", "expert_activation": "swigluoai"},
     "float16": {"dtype": "float16", "expert_activation": "relu2"},
     "weight_after": {"expert_bias": True, "dtype": "bfloat16", "apply_router_weight_after_down": True},
+    "k_1": {"k": 1},
     "k_3": {"expert_bias": True, "k": 3},
+    "k_8": {"k": 8},
 }
 over_ranks = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 
@@ -65,9 +67,12 @@ MODULES: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
     "grouped_mm": (GroupedExperts, (), {"experts": "grouped_mm", "dispatcher": "torch"}),
     "double_backward": (GroupedExperts, (), {"experts": "loop", "double_backward": True}),
     "alltoall": (GroupedExperts, (), {"experts": "loop", "dispatcher": "alltoall"}),
+    "static": (GroupedExperts, (), {"experts": "loop", "dispatcher_max_tokens": 6}),
     "DeepEP": (GroupedExpertsDeepEP, ("alltoall",), {"experts": "loop", "combine_dtype": "float32"}),
     "TE": (GroupedExpertsTE, ("allgather",), {"experts": "loop"}),
 }
+# In every case; the others in two of them.
+THROUGHOUT = ("GroupedExperts", "alltoall", "static")
 
 
 @cache
@@ -96,7 +101,7 @@ def _computed(lengths: tuple[int, ...]) -> dict[Any, dict[str, torch.Tensor]]:
     found = {}
     for name in _names(lengths):
         for module in MODULES:
-            if name in ("float32", "bfloat16") or module in ("GroupedExperts", "alltoall"):
+            if name in ("float32", "bfloat16") or module in THROUGHOUT:
                 found[name, module] = _one(_problem(lengths, name), lengths, mesh, module, "plain")
     for manner in _manners(lengths):
         found[manner, "GroupedExperts"] = _one(_problem(lengths, "float32"), lengths, mesh, "GroupedExperts", manner)
@@ -185,7 +190,7 @@ def _assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 @pytest.mark.parametrize("lengths, name", [(lengths, name) for lengths in LENGTHS for name in _names(lengths)], ids=str)
 def test_experts_over_ranks_agree_with_reference(lengths: tuple[int, ...], name: str) -> None:
     due = _expected(lengths, "masked" if name == "poison" else name)
-    for module in ("GroupedExperts", "alltoall"):
+    for module in THROUGHOUT:
         _assert_within(_whole(lengths, name, module), *due)
 
 
@@ -217,7 +222,7 @@ def test_experts_over_ranks_recomputed_or_compiled_equal_plain(lengths: tuple[in
 
 @pytest.mark.parametrize("lengths", [(3, 2), (5, 0), (4, 1, 0, 3)], ids=str)
 def test_experts_over_ranks_with_poison_in_a_masked_token_are_unchanged_bit_for_bit(lengths: tuple[int, ...]) -> None:
-    for module in ("GroupedExperts", "alltoall"):
+    for module in THROUGHOUT:
         _assert_equal(_whole(lengths, "poison", module), _whole(lengths, "masked", module))
 
 

@@ -30,10 +30,12 @@ def _layer(
     experts: str = "loop",
     combine_dtype: Any = None,
     compute: Any = None,
+    dispatcher_max_tokens: int | None = None,
     **sizes: int,
 ) -> Any:
     config = MoEConfig(inter_dim=8, n_shared_experts=0, dtype="float32", **(SIZES | sizes))
-    backend = BackendConfig(experts=experts, combine_dtype=combine_dtype)
+    own = {"combine_dtype": combine_dtype, "dispatcher_max_tokens": dispatcher_max_tokens}
+    backend = BackendConfig(experts=experts, **own)
     layer = GroupedExpertsDeepEP(config, backend, dispatcher, dtype=compute, param_dtype=param_dtype)
     layer.init_token_dispatcher(mesh)
     return layer
@@ -56,6 +58,7 @@ UNLIKE: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "experts": ([{}], [{"experts": "grouped_mm"}]),
     "dispatcher": ([{}], [{"dispatcher": "allgather"}]),
     "combine_dtype": ([{"combine_dtype": "float32"}], [{}]),
+    "max_tokens": ([{"dispatcher": "allgather", "dispatcher_max_tokens": 8}], [{"dispatcher": "allgather"}]),
     "order": ([{}, {"dim": 8}], [{"dim": 8}, {}]),
     "missing": ([{}, {}], [{}]),
     "version": ([{}], [{}]),
@@ -71,6 +74,7 @@ WORDS = {
     "experts": ["layer 0: experts is loop on rank 0, grouped_mm on rank 1"],
     "dispatcher": ["layer 0: dispatcher is alltoall on rank 0, allgather on rank 1"],
     "combine_dtype": ["layer 0: combine_dtype is float32 on rank 0, null on rank 1"],
+    "max_tokens": ["layer 0: max_tokens is 8 on rank 0, null on rank 1"],
     "order": ["layer 0: D is 4 on rank 0, 8 on rank 1", "layer 1: D is 8 on rank 0, 4 on rank 1"],
     "missing": ["layers is 2 on rank 0, 1 on rank 1"],
     "version": [f"torch is {torch.__version__} on rank 0, 9.9.9 on rank 1"],
@@ -264,6 +268,7 @@ def test_facts_are_those_of_the_layer() -> None:
         "experts": "loop",
         "dispatcher": "alltoall",
         "combine_dtype": None,
+        "max_tokens": None,
     }
 
 
