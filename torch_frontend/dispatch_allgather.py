@@ -67,8 +67,10 @@ class AllGather(OverRanks):
         if more < 0:
             found, do = f"dispatcher_max_tokens={self.max_tokens}", "give more, alike on every rank, or None"
             raise ShapeError(f"allgather of {tokens} tokens", found, do)
-        filled = (_filled(value, more) for value in (x_TD, weights_TK, ids_TK, token_mask_T))
-        sent, state = super().dispatch(*filled, n_experts)
+        x_TD, weights_TK, ids_TK, token_mask_T = (
+            _filled(value, more) for value in (x_TD, weights_TK, ids_TK, token_mask_T)
+        )
+        sent, state = super().dispatch(x_TD, weights_TK, ids_TK, token_mask_T, n_experts)
         return sent, state._replace(tokens=tokens)
 
     @not_compiled
