@@ -154,12 +154,15 @@ class Watch:
             thread.join(wait)
 
     def _run(self) -> None:
-        while self._gone is None:
+        while self._gone is None and not self._stop:
             self._wake.clear()
             self._asking = time.monotonic()
             # In a thread of its own: this one has to report a store that answers no more.
             asking = threading.Thread(target=self._ask, name="moebius-store", daemon=True)
-            asking.start()
+            try:
+                asking.start()
+            except RuntimeError:  # the interpreter ends, in which no thread may begin
+                return
             asking.join(self.every)
             while asking.is_alive() and not self._stop:
                 self._report()
@@ -180,10 +183,15 @@ class Watch:
                 if self._anxious():
                     self._look(store)
         except Exception as error:
-            self._gone = error
+            self._over = self._closes()
+            self._gone = None if self._over else error
         self._asking = None
         with self._news:
             self._news.notify_all()
+
+    def _closes(self) -> bool:
+        """Whether this process is closing the group, where its store has just failed: then that is no news."""
+        return False
 
     def _beat(self, store: Store) -> None:
         self._count += 1
@@ -246,7 +254,7 @@ class Watch:
 
     # --------------------------------------------------------------------------------------------------------- in words
     def _lost(self, store_gone: str | None) -> RankLost:
-        asked = f"{self.at or 'a collective outside of a layer'}, over {len(self.members.ranks)} ranks"
+        asked = f"{self.at or 'a collective outside of a layer'}, over {self.members.counted}"
         found, missing = self._found(store_gone)
         do = "see the log of what is missing; start again from a checkpoint: this process group cannot be used any more"
         return RankLost(asked, found, do, missing, **(self.at._asdict() if self.at else {}))
@@ -255,7 +263,7 @@ class Watch:
         if store_gone is not None:
             if self.members.host is None:
                 return f"{store_gone}, and with it who is missing", ()
-            who = f"missing: rank {self.members.host}, which hosts the group's store"
+            who = f"missing: {self.members.kind} {self.members.host}, which hosts the group's store"
             return f"{who}: {store_gone}; who else is not known", (self.members.host,)
         places = self._missing or ()
         if not places:
@@ -305,11 +313,13 @@ class Watch:
             return
         self._logged |= new
         found = f"missing: {self._absent(absent)}" if store_gone is None else self._found(store_gone)[0]
-        waits = f"{self.members.named([self.members.place])} waits since {now - self._since:.1f} s in {self.at}"
-        _LOG.error("%s; %s", waits, found)
+        _LOG.error("%s; %s", self._waits(now - self._since), found)
         for handler in [*_LOG.handlers, *logging.getLogger().handlers]:
             handler.flush()
         sys.stderr.flush()
+
+    def _waits(self, seconds: float) -> str:
+        return f"{self.members.named([self.members.place])} waits since {seconds:.1f} s in {self.at}"
 
     def _lapsed(self, place: int, now: float) -> bool:
         seen = self._seen.get(place)

@@ -82,8 +82,9 @@ def agree(store: Store, members: Members, own: Facts, limit: float, key: str = "
     if differ:
         more = [f"and {len(differ) - _LINES} more"] if len(differ) > _LINES else []
         found = "; ".join(differ[:_LINES] + more)
-        do = f"build the same layers in the same order, with the same versions, on every rank; or set {SETTING}=off"
-        raise ConfigError(f"{len(members.ranks)} ranks that are set up alike", found, do)
+        alike = f"build the same layers in the same order, with the same versions, on every {members.kind}"
+        do = f"{alike}; or set {SETTING}=off"
+        raise ConfigError(f"{members.counted} that are set up alike", found, do)
 
 
 def exchange(store: Store, members: Members, text: str, limit: float, key: str) -> list[str]:
@@ -147,15 +148,16 @@ def _without_ranks(members: Members, missing: Sequence[int], limit: float) -> Ra
     found = f"missing: {members.named(missing)}, not come within {limit:g} s of the others"
     do = f"see the log of what is missing; {SETTING} sets the seconds, or is off"
     ranks = tuple(members.ranks[place] for place in missing)
-    return RankLost(f"a preflight of {len(members.ranks)} ranks", found, do, ranks)
+    return RankLost(f"a preflight of {members.counted}", found, do, ranks)
 
 
 def _without_store(members: Members, error: Exception) -> RankLost:
-    asked = f"a preflight of {len(members.ranks)} ranks"
+    asked = f"a preflight of {members.counted}"
     if members.host is None:
         return RankLost(asked, f"the group's store is gone: {error}", "see what hosts it", missing=())
-    found = f"the group's store, which rank {members.host} hosts, is gone: {error}"
-    return RankLost(asked, f"missing: rank {members.host}; {found}", "see its log", missing=(members.host,))
+    host = f"{members.kind} {members.host}"
+    found = f"the group's store, which {host} hosts, is gone: {error}"
+    return RankLost(asked, f"missing: {host}; {found}", "see its log", missing=(members.host,))
 
 
 def _names(facts: Sequence[Facts]) -> list[str]:

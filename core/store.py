@@ -38,11 +38,18 @@ class Members:
     Attributes:
         ranks: the global rank of each place in the group. place: this process's.
         host: the global rank whose process hosts the store; None where none of the ranks does.
+        kind: what errors call one of them.
     """
 
     ranks: tuple[int, ...]
     place: int
     host: int | None = None
+    kind: str = "rank"
+
+    @property
+    def counted(self) -> str:
+        """ "4 ranks"."""
+        return f"{len(self.ranks)} {self.kind}{'es' if self.kind.endswith('s') else 's'}"
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -56,7 +63,8 @@ class Members:
     def _name(self, place: int) -> str:
         rank = self.ranks[place]
         # Of the group of all ranks, places and ranks are one.
-        return f"rank {rank}" if self.ranks == tuple(range(len(self.ranks))) else f"rank {rank} ({place} in its group)"
+        one = f"{self.kind} {rank}"
+        return one if self.ranks == tuple(range(len(self.ranks))) else f"{one} ({place} in its group)"
 
 
 def seconds(name: str, default: float) -> float | None:

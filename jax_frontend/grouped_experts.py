@@ -17,6 +17,7 @@ from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.errors import ConfigError, Unsupported
 from moebius.core.registry import Problem
 from moebius.core.stages import Tap, untapped
+from moebius.jax_frontend import preflight
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.dispatch import Dispatcher, Local
@@ -88,6 +89,7 @@ class _Experts(nnx.Module):
         the parameters, this device's.
         """
         check_arrays(x=x)
+        preflight.begin(self, self.ep_mesh)
         x = jnp.asarray(x, self.dtype)  # NumPy's float64 is JAX's only in x64 mode
         parameters = {row.name: getattr(self, row.name)[...] for row in layout.experts(self.config)}
         tokens = x, token_mask, weights, indices

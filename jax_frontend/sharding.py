@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moebius.core import layout
 from moebius.core.errors import ConfigError
+from moebius.jax_frontend import preflight
 
 # The axis of a mesh along which experts are spread; the name is NeMo Automodel's.
 EP = "ep"
@@ -64,7 +65,8 @@ def shard_experts(module: _Module, ep_mesh: Any) -> _Module:
     Returns:
         `module`.
     Raises:
-        ConfigError: `module` is none, the mesh has no such axis or no devices, or n does not divide the experts.
+        ConfigError: `module` is none, the mesh has no such axis or no devices, or n does not divide the experts; or the
+            processes of the mesh differ. RankLost: one of them did not come; see preflight.py.
     """
     axis = ep_axis(ep_mesh)
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
@@ -76,10 +78,11 @@ def shard_experts(module: _Module, ep_mesh: Any) -> _Module:
         raise ConfigError(f"experts over the devices of {ep_mesh.shape[axis]} ranks", found, "pass a jax.sharding.Mesh")
     experts: Any = module
     held(experts.config.n_routed_experts, ep_mesh.shape[axis])
+    experts.ep_mesh = ep_mesh
+    preflight.register(experts, ep_mesh)  # before values move, which all processes of the mesh do together
     for row in layout.experts(experts.config):
         variable = own[row.name]
         variable.set_value(_placed(variable.get_value(), len(row.shape), ep_mesh, axis))
-    experts.ep_mesh = ep_mesh
     return module
 
 

@@ -34,6 +34,12 @@ def test_members_of_a_part_of_the_ranks_are_named_by_rank_and_place():
     assert Members(ranks=(1, 0), place=0).named([0]) == "rank 1 (0 in its group)"
 
 
+def test_members_of_another_kind_are_called_so():
+    assert Members(ranks=(0, 1), place=0).counted == "2 ranks"
+    members = Members(ranks=(0, 2), place=0, kind="process")
+    assert members.counted == "2 processes" and members.named([1]) == "process 2 (1 in its group)"
+
+
 def test_within_returns_or_raises_what_the_function_does():
     assert within(5.0, lambda: 3) == 3
     assert within(5.0, lambda: None) is None

@@ -44,8 +44,6 @@ FILES = {
     "dispatch_pool.py": _LIBRARY,
     "dispatch_trip.py": _LIBRARY,
     "dispatch_ragged.py": "jax: a collective of XLA; PyTorch's all-to-all is ragged",
-    "preflight.py": "torch: a process group's store; Flax has jax.distributed's",
-    "liveness.py": "torch: a process group's store and collectives; in Flax they are XLA's",
     "over_mesh.py": "jax: one program calls all devices; a process of PyTorch is one rank",
     "recompute.py": "torch: checkpointing runs the module's Python again; JAX repeats equations",
     "operators.py": "both: how operators with derivatives are declared, by torch.library and by JAX's primitives",
@@ -77,6 +75,10 @@ _BOUND = "jax: shapes are static, so what travels may have a bound; PyTorch's ra
 _RAW = "torch: a kernel without gradient, which both the step's operator and lean.py run"
 # (file, name) -> why it differs.
 NAMES = {
+    ("preflight.py", "name_layers"): "torch: JAX's transformations copy modules, and with them what they are called by",
+    ("preflight.py", "exchange"): "torch: ranks choose a library together; in Flax all have XLA's collectives",
+    ("liveness.py", "collective"): "torch: in Flax collectives are XLA's, and their errors come later",
+    ("liveness.py", "Peers.__init__"): "torch: of a process group; jax: of processes, by their numbers",
     ("dispatch.py", "Options"): _LIBRARY,
     ("dispatch.py", "During"): _EAGER,
     ("dispatch.py", "During.__init__"): _EAGER,
