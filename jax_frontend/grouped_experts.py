@@ -29,7 +29,7 @@ from moebius.jax_frontend.matmul import choose, device_of
 from moebius.jax_frontend.over_mesh import Count, Run, check_call, in_force, over_devices
 from moebius.jax_frontend.permute import choose_permuter
 from moebius.jax_frontend.sharding import ep_axis, shard_experts
-from moebius.jax_frontend.weights import draw, new_parameter
+from moebius.jax_frontend.weights import draw, new_parameter, placed_like
 
 _ACTIVATIONS = ("expert_activation_grouped", "expert_activation")
 
@@ -176,7 +176,8 @@ class _Experts(nnx.Module):
         """Draw the weights anew from N(0, init_std), first gate_and_up_projs, then down_projs; biases zero."""
         for row in layout.experts(self.config):
             parameter = getattr(self, row.name)
-            parameter[...] = draw(row, rngs, init_std, dtype=parameter.dtype)
+            drawn = draw(row, rngs, init_std, dtype=parameter.dtype)
+            parameter.set_value(placed_like(parameter.get_value(), drawn))
 
 
 class GroupedExperts(_Experts):

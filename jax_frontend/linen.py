@@ -30,6 +30,7 @@ from moebius.core.config import MoEConfig
 from moebius.core.errors import CheckpointError, ConfigError, Unsupported
 from moebius.jax_frontend import fake_gate, gate, grouped_experts, moe
 from moebius.jax_frontend.checks import check_arrays
+from moebius.jax_frontend.weights import placed_like
 
 # The names that the Variables' classes have as collections.
 PARAMS, CORRECTION_BIAS, STATISTICS, SCALE = "params", "correction_bias", "routing_statistics", "loss_scale"
@@ -318,7 +319,7 @@ def _loaded(variables: Mapping[str, Any], values: Mapping[str, Any], name: str) 
     check_arrays(**values)
     for key, value in values.items():
         checks.parameter(key, value, tuple(own[key].shape))
-    cast = {key: jnp.asarray(value, own[key].dtype) for key, value in values.items()}
+    cast = {key: placed_like(own[key], value) for key, value in values.items()}
     kept = {key: value for key, value in variables.items() if key in (PARAMS, CORRECTION_BIAS) or not _abstract(value)}
     nested = traverse_util.unflatten_dict(cast, sep=".")
     return kept | ({name: meta.replace_boxed(collection, nested)} if collection else {})

@@ -125,12 +125,13 @@ def _load(own: Mapping[str, nnx.Variable[Array]], values: Mapping[str, Any], wha
     for name, value in values.items():
         checks.parameter(name, value, tuple(own[name].shape))
     # All are cast before the first is written.
-    cast = {name: _like(own[name][...], value) for name, value in values.items()}
+    cast = {name: placed_like(own[name][...], value) for name, value in values.items()}
     for name, value in cast.items():
         own[name].set_value(value)
 
 
-def _like(before: Array, value: Any) -> Array:
+def placed_like(before: Any, value: Any) -> Array:
+    """`value` in the dtype of `before`, and on its devices where it was put on some."""
     after = jnp.asarray(value, before.dtype)
     # A parameter that was placed on devices stays there.
     return jax.device_put(after, before.sharding) if getattr(before, "committed", False) else after

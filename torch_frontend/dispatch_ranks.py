@@ -155,10 +155,12 @@ class OverRanks:
 
     def close(self) -> None:
         """Give back what it holds; after a group's last dispatcher no thread is left. By all ranks, or by none."""
-        here = peers(self.group).dispatchers
-        here.discard(self)
-        if not here:
-            liveness.close(self.group)
+        here = liveness.known(self.group)
+        if here is None:  # the group was destroyed, and its thread with it
+            return
+        here.dispatchers.discard(self)
+        if not here.dispatchers:
+            liveness.close(dist.group.WORLD if self.group is None else self.group)
 
     def __enter__(self) -> OverRanks:
         """For `with`."""

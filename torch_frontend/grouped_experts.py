@@ -84,7 +84,7 @@ class _Experts(AllOrNothing):
         """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
         parameters = self._parameters_by_name()
         dispatcher: Any = self._dispatcher(mesh_of(parameters))
-        if dispatcher.ranks > 1:
+        if dispatcher.ranks > 1 and hasattr(dispatcher, "layer"):  # not of a user's own
             dispatcher.layer = preflight.begin(self, dispatcher.group)
         if self._work is not None:
             dispatcher = During(dispatcher, self._work)

@@ -105,6 +105,12 @@ def peers(group: Any) -> Peers:
     return found
 
 
+def known(group: Any) -> Peers | None:
+    """What `peers` made for `group`, None for the default one; None where it made nothing, or the group is gone."""
+    group = dist.group.WORLD if group is None else group
+    return None if group is None else _PEERS.get(group)
+
+
 def collective(function: Callable[..., Any], *arguments: Any, group: Any) -> None:
     """function(*arguments, group=group), a collective of torch.distributed.
 

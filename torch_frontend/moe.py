@@ -163,7 +163,9 @@ class MoE(AllOrNothing):
         latent_TD = x_TD if self.fc1_latent_proj is None else self.tap("latent", self.fc1_latent_proj(x_TD))
         routed = latent_TD, token_mask_T, weights_TK, ids_TK
         shared: list[Tensor] = []
-        if self.shared_experts is not None and self.backend.dispatcher_async_dispatch:
+        # Of experts in a wrapper nothing is computed inside: one for checkpoints would not do it again.
+        overlaps = self.backend.dispatcher_async_dispatch and hasattr(type(self.experts), "meanwhile")
+        if self.shared_experts is not None and overlaps:
             with self.experts.meanwhile(partial(self._share, x_TD, shared)):
                 y_TD = self.experts(*routed)
         else:

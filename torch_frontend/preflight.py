@@ -76,8 +76,9 @@ def check(here: Peers) -> None:
         # Looked at now, not when they were registered: a model may have been cast since.
         layers = tuple(_now(*registered) for registered in here.modules[first:])
         key = f"preflight/{here.rounds}"
+        here.rounds += 1  # also of one that fails: what was said under a key stays there
         preflight.agree(store, here.members, Facts(versions=_versions(), layers=layers), limit, key, first)
-    here.compared, here.rounds = len(here.modules), here.rounds + 1
+    here.compared = len(here.modules)
 
 
 def exchange(value: Any, group: Any) -> list[Any]:

@@ -157,3 +157,25 @@ def test_a_bias_has_no_metadata():
     row = layout.Parameter(name="bias", axes=("E",), shape=(3,), dtype="float32", zeros=True)
     made = new_parameter(row, nnx.Rngs(0), kernel_metadata={"out_sharding": ("data", None), "role": "expert"})
     assert not made.has_metadata("out_sharding") and not made.has_metadata("role")
+
+
+def test_parameters_over_a_mesh_stay_there_when_drawn_anew_and_when_linen_loads_them(run_alone):
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from moebius.core import MoEConfig
+from moebius.jax_frontend import MoE, linen
+c = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=8, moe_inter_dim=4, dtype="float32")
+mesh = jax.make_mesh((2,), ("ep",))  # whose axes are Explicit
+moe = MoE(c, mesh=mesh, rngs=nnx.Rngs(0))
+before = moe.experts.down_projs.get_value()
+moe.init_weights(rngs=nnx.Rngs(1))
+after = moe.experts.down_projs.get_value()
+assert after.sharding == before.sharding and (np.asarray(after) != np.asarray(before)).any()
+variables = linen.MoE(c, mesh=mesh).init(jax.random.key(0), jnp.zeros((2, 8)))
+own = linen.parameters(variables)
+loaded = linen.parameters(linen.load_parameters(variables, {k: np.asarray(v) for k, v in own.items()}))
+assert loaded["experts.down_projs"].sharding == own["experts.down_projs"].sharding
+assert len(loaded["experts.down_projs"].sharding.device_set) == 2
+"""
+    run_alone(code, XLA_FLAGS="--xla_force_host_platform_device_count=2")

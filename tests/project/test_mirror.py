@@ -89,6 +89,8 @@ NAMES = {
     ("replay.py", "ReplayIds"): "jax: NNX keeps state in Variable classes",
     ("weights.py", "CorrectionBias"): "jax: NNX keeps state in Variable classes",
     ("weights.py", "new_parameter"): "jax: Flax's convention for sharding metadata",
+    ("liveness.py", "known"): "torch: a process group may be destroyed before what knows of it",
+    ("weights.py", "placed_like"): "jax: an array put in another's place has a placement of its own",
     ("weights.py", "draw"): "torch fills a tensor in place; JAX returns an array",
     ("matmul.py", "device_of"): "jax: arrays under a transformation have no device of their own",
     ("grouped_experts.py", "GroupedExperts.extra_repr"): _REPR,

@@ -381,3 +381,27 @@ def test_rank_whose_tensors_need_no_gradient_takes_part_in_backward() -> None:
 def test_stand_ins_refuse_what_the_libraries_do() -> None:
     for found in _of("_bites"):
         assert all(found.values()), found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_moe_with_checkpointed_experts_and_shared_ones_meanwhile_has_the_same_gradients(reentrant: bool) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+    from moebius.core import BackendConfig, MoEConfig
+    from moebius.torch_frontend import MoE
+
+    sizes = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 8, "moe_inter_dim": 4, "inter_dim": 4}
+    config = MoEConfig(**sizes, n_shared_experts=1, dtype="float32")
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        moe = MoE(config, BackendConfig(experts="loop", dispatcher_async_dispatch=True))
+        if wrapped:
+            kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+            moe.experts = checkpoint_wrapper(moe.experts, kind)
+        x = torch.linspace(-1, 1, 40).view(5, 8).requires_grad_()
+        moe(x).square().sum().backward()
+        found.append([x.grad, *(parameter.grad for parameter in moe.parameters())])
+    for plain, checkpointed in zip(*found, strict=True):
+        # x's gradient has three parts, added in another order.
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))

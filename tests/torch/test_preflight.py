@@ -288,7 +288,12 @@ def test_a_rank_that_comes_too_late_is_named_by_all_and_to_itself() -> None:
     ends = _faults()["late"].result(2 * faults.WAIT)
     for rank, end in enumerate(ends):
         assert end.code == 1 and isinstance(end.error, RankLost), (rank, end.text)
-    assert {str(end.error) for end in ends[:3]} == {str(ends[0].error)} and ends[0].error.missing == (3,)
+    assert ends[0].error.missing == (3,)
+    # On a busy machine rank 0, which hosts the store, may leave before another has read: that is said then.
+    for end in ends[1:3]:
+        assert str(end.error) == str(ends[0].error) or "the group's store, which rank 0 hosts, is gone" in str(
+            end.error
+        )
     assert "missing: rank 3, not come within 1.5 s of the others" in str(ends[0].error)
     # To the last: the same, or that rank 0 has left with the store meanwhile.
     assert ends[3].error.missing in ((3,), (0,))
@@ -301,3 +306,42 @@ def test_a_rank_that_ends_before_its_first_dispatch_is_named(dead: int) -> None:
     error = ends[1 - dead].error
     assert isinstance(error, RankLost) and error.missing == (dead,), ends[1 - dead].text
     assert f"missing: rank {dead}" in error.found
+
+
+def _mended() -> tuple[str, bool]:
+    """A layer that differs, refused; then cast to what the others have."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    layer = _layer(mesh, param_dtype="bfloat16" if mesh.get_local_rank() else None, compute="float32")
+    try:
+        _called(layer)
+        said = ""
+    except ConfigError as error:
+        said = str(error)
+    layer.float()
+    return said, bool(_called(layer).isfinite().all())
+
+
+def test_ranks_that_differed_and_were_mended_agree_at_the_next_call() -> None:
+    first, second = ranks.run(_mended, 2)
+    assert "dtype is float32" in first[0] and first[0] == second[0] and first[1] and second[1]
+
+
+def _closed() -> list[bool]:
+    from moebius.torch_frontend.dispatch_alltoall import AllToAll
+    from moebius.torch_frontend.liveness import peers
+
+    sub = dist.new_group([0, 1])
+    kept = AllToAll(sub)
+    before = peers(sub)
+    AllToAll().close()
+    found = [peers(sub) is before]
+    kept.close()
+    with AllToAll():
+        dist.destroy_process_group()
+    return found
+
+
+def test_close_ends_the_dispatchers_own_group_alone_and_nothing_where_the_group_is_gone() -> None:
+    assert ranks.run(_closed, 2) == [[True], [True]]
