@@ -86,7 +86,7 @@ class OverRanks:
             rank.
 
     Attributes:
-        layer: what errors call the layer whose forward pass began last; None outside of a layer.
+        layer: what errors call the layer whose forward pass began last; None before the first.
 
     Raises:
         ConfigError: there is no such group, or this process is not in it.

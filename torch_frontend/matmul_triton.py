@@ -1,6 +1,7 @@
 """Backend "triton": the grouped products of core.kernels, for Hopper.
 
-Nothing waits for the host, and no operand is copied: a weight is read as it lies, in either orientation.
+Nothing waits for the host. A weight is read as it lies, in either orientation; an operand is copied only where it is in
+neither, or starts between 16 bytes.
 """
 
 from __future__ import annotations
