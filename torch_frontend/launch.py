@@ -7,7 +7,6 @@ bias.py). Nothing here waits for the device and all memory comes from torch: a C
 from __future__ import annotations
 
 import os
-from contextvars import copy_context
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -69,6 +68,22 @@ def gather_rows(x_SD: Float[Tensor, "S D"], slot_of_row_R: Int[Tensor, " R"], k:
     launch = plan.gather_rows(*rows_RD.shape[:1], k, x_SD.shape[1])
     run(launch, x_SD.contiguous(), slot_of_row_R.contiguous(), len(slot_of_row_R), rows_RD)
     return rows_RD
+
+
+def scatter_rows(x_SD: Float[Tensor, "S D"], row_of_slot_SK: Int[Tensor, "S K"]) -> Tensor:
+    """[S * K, D]: row row_of_slot[s, k] is x[s]; rows without a slot hold anything."""
+    S, K = row_of_slot_SK.shape
+    rows_RD = _empty(x_SD, S * K, x_SD.shape[1])
+    run(plan.scatter_rows(S, K, x_SD.shape[1]), x_SD.contiguous(), row_of_slot_SK.contiguous(), S, rows_RD)
+    return rows_RD
+
+
+def sum_dots(dots_RB: Float[Tensor, "R B"], row_of_slot_SK: Int[Tensor, "S K"]) -> Tensor:
+    """[S, K] float32: the sum of each slot's row of dots, in their order; 0 for a slot without a row."""
+    sums_SK = torch.empty(row_of_slot_SK.shape, dtype=torch.float32, device=dots_RB.device)
+    launch = plan.sum_dots(row_of_slot_SK.numel(), dots_RB.shape[1])
+    run(launch, dots_RB, row_of_slot_SK.contiguous(), row_of_slot_SK.numel(), sums_SK)
+    return sums_SK
 
 
 def sum_slots(
@@ -190,9 +205,8 @@ def grouped_product(
             where `transposed`. tiles_Q4: of `list_tiles`.
     """
     out_RF = _empty(rows_RD, len(rows_RD), weight.shape[1 if transposed else 2])
-    processors = _processors(rows_RD.device)
-    launch = plan.grouped_product(processors, len(weight), rows_RD.shape[1], out_RF.shape[1], transposed)
-    run(launch, rows_RD, weight, tiles_Q4, len(rows_RD), out_RF)
+    launch = plan.grouped_product(_processors(rows_RD.device), rows_RD.shape[1], out_RF.shape[1], transposed)
+    run(launch, rows_RD, weight, tiles_Q4, out_RF)
     return out_RF
 
 
@@ -203,30 +217,79 @@ def grouped_weight_gradient(
     e, D, F = len(starts_e) - 1, rows_RD.shape[1], dout_RF.shape[1]
     dweight_eDF = _empty(rows_RD, e, D, F)
     launch = plan.grouped_weight_gradient(_processors(rows_RD.device), e, D, F)
-    run(launch, rows_RD, dout_RF, starts_e, len(rows_RD), dweight_eDF)
+    run(launch, rows_RD, dout_RF, starts_e, dweight_eDF)
     return dweight_eDF
+
+
+def activated_product(
+    rows_RD: Float[Tensor, "R D"],
+    up_eDU: Float[Tensor, "e D U"],
+    tiles_Q4: Int[Tensor, "Q 4"],
+    row_weights_R: Float[Tensor, " R"] | None,
+    activation: Activation,
+    bias_eU: Float[Tensor, "e U"] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(`grouped_product`, its `activate_rows`); see plan.fuses."""
+    (R, D), U = rows_RD.shape, up_eDU.shape[2]
+    I = U // activation.up_width(1)
+    hidden_RU, act_RI = _empty(rows_RD, R, U), _empty(rows_RD, R, I)
+    launch = plan.activated_product(
+        *(_processors(rows_RD.device), D, I, activation, bias_eU is not None, row_weights_R is not None)
+    )
+    run(launch, rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4, hidden_RU, act_RI)
+    return hidden_RU, act_RI
+
+
+def differentiated_product(
+    dout_RD: Float[Tensor, "R D"],
+    down_eID: Float[Tensor, "e I D"],
+    tiles_Q4: Int[Tensor, "Q 4"],
+    hidden_RU: Float[Tensor, "R U"],
+    row_weights_R: Float[Tensor, " R"],
+    activation: Activation,
+    bias_eU: Float[Tensor, "e U"] | None = None,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, act, dots): `activate_rows_backward` of the transposed product, and the activation of hidden.
+
+    dots [R, B] float32 are the parts of the routing weights' gradients; see `sum_dots`.
+
+    Args:
+        in_place: dhidden is written over hidden.
+    """
+    (R, D), I = dout_RD.shape, down_eID.shape[1]
+    dhidden_RU = hidden_RU if in_place else torch.empty_like(hidden_RU)
+    act_RI = _empty(dout_RD, R, I)
+    dots_RB = torch.empty(R, plan.dots(I), dtype=torch.float32, device=dout_RD.device)
+    launch = plan.differentiated_product(_processors(dout_RD.device), D, I, activation, bias_eU is not None)
+    read = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
+    run(launch, *read, dhidden_RU, act_RI, dots_RB)
+    return dhidden_RU, act_RI, dots_RB
 
 
 def run(launch: plan.Launch, *arguments: Any) -> None:
     """Play one launch on the device of its first argument."""
     if not launch.programs:
         return
-    device = arguments[0].device
-    with on(device):
+    described = [_descriptor(a, block) for a, block in zip(arguments, launch.blocks, strict=False)]
+    with on(arguments[0].device):
         kernel = _kernel(launch.kernel)[(launch.programs,)]
-        if launch.scratch:
-            # In a copy of the context: what the user told Triton to take memory from stays as it is, and the threads of
-            # a backward pass, which see nothing of it, have one too.
-            copy_context().run(_with_scratch, device, kernel, *arguments, **launch.constants, **launch.options())
-        else:
-            kernel(*arguments, **launch.constants, **launch.options())
+        kernel(*described, *arguments[len(described) :], **launch.constants, **launch.options())
 
 
-def _with_scratch(device: torch.device, kernel: Any, *arguments: Any, **constants: Any) -> None:
-    import triton
+def _descriptor(operand: Tensor, block: tuple[int, ...]) -> Any:
+    """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
+    hopper = import_module("triton.experimental.gluon.nvidia.hopper")
+    return hopper.TensorDescriptor(
+        operand, list(operand.shape), list(operand.stride()), list(block), _layout(len(block))
+    )
 
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    kernel(*arguments, **constants)
+
+@cache
+def _layout(rank: int) -> Any:
+    language = import_module("triton.experimental.gluon.language")
+    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 @cache

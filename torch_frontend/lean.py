@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moebius.core.activations import Activation
 from moebius.core.config import MoEConfig
 from moebius.core.errors import Unsupported
 from moebius.torch_frontend.activate import Fields, activate_rows, activate_rows_backward, fields, of_fields
@@ -24,7 +25,7 @@ from moebius.torch_frontend.dispatch import Sent
 from moebius.torch_frontend.dtypes import accumulate_dtype, on
 from moebius.torch_frontend.matmul import Kernels, in_context, kernels
 from moebius.torch_frontend.operators import call, differentiate
-from moebius.torch_frontend.permute import gather_rows, sort_routes, sum_slots
+from moebius.torch_frontend.permute import scatter_rows, sort_routes, sum_dots, sum_slots
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -79,11 +80,10 @@ def forward(
     activation = of_fields(*how.activation)
     order = sort_routes(ids_SK, weights_SK, w.down_eID.shape[0])
     matmul, prepared = _matmul(how, x_SD, w, order.group_sizes_e)
-    rows_RD = gather_rows(x_SD, order.slot_of_row_R, ids_SK.shape[1])
-    hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
-    del rows_RD
+    rows_RD = scatter_rows(x_SD, order.slot_of_row_R, order.row_of_slot_SK)
     before_R = None if how.after else order.row_weights_R
-    act_RI = activate_rows(hidden_RU, before_R, activation, bias_eU=w.up_bias_eU, row_experts_R=order.row_experts_R)
+    hidden_RU, act_RI = _up(matmul, rows_RD, w, prepared, before_R, activation, order.row_experts_R)
+    del rows_RD
     out_RD = _product(matmul, act_RI, w.down_eID, prepared)
     del act_RI
     y_SD = sum_slots(
@@ -109,35 +109,27 @@ def backward(
     """
     x_SD, hidden_RU, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R = kept
     needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
-    activation, k = of_fields(*how.activation), row_of_slot_SK.shape[1]
+    activation = of_fields(*how.activation)
     matmul, prepared = _matmul(how, x_SD, w, group_sizes_e)
     row_experts_R = _row_experts(kept, w)
-    bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
-    dx_SD = dweights_SK = dup_eDU = ddown_eID = dup_bias_eU = ddown_bias_eD = None
+    dx_SD = dweights_SK = dup_eDU = dup_bias_eU = ddown_bias_eD = None
 
-    dout_RD = gather_rows(dy_SD.to(x_SD.dtype).contiguous(), slot_of_row_R, k)
-    if needs_down:
-        act_RI = activate_rows(hidden_RU, row_weights_R, activation, **bias)
-        ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)
-        del act_RI
+    dout_RD = scatter_rows(dy_SD.to(x_SD.dtype).contiguous(), slot_of_row_R, row_of_slot_SK)
     if needs_down_bias:
         ddown_bias_eD = sum_rows(dout_RD, group_sizes_e, row_weights_R)
-    dact_RI = _product(matmul, dout_RD, w.down_eID.mT, prepared)
-    more_R = None
-    if w.down_bias_eD is not None and row_experts_R is not None and needs_weights:
-        more_R = dot_rows(dout_RD, w.down_bias_eD, row_experts_R)
-    del dout_RD
-    dhidden_RU, drow_weights_R = activate_rows_backward(
-        dact_RI, hidden_RU, row_weights_R, activation, **bias, in_place=in_place
+    dhidden_RU, ddown_eID, dots_RB = _down_gradient(
+        *(matmul, dout_RD, w, prepared, kept, activation, row_experts_R, needs_down, in_place)
     )
-    del dact_RI, hidden_RU
-    if needs_weights and drow_weights_R is not None:
-        drow_weights_R = drow_weights_R if more_R is None else drow_weights_R + more_R
-        dweights_SK = _of_slots(drow_weights_R, row_of_slot_SK)
+    if needs_weights:
+        dweights_SK = sum_dots(dots_RB, row_of_slot_SK)
+        if w.down_bias_eD is not None and row_experts_R is not None:
+            more_R = dot_rows(dout_RD, w.down_bias_eD, row_experts_R)
+            dweights_SK = dweights_SK + sum_dots(more_R[:, None], row_of_slot_SK)
+    del dout_RD, dots_RB, hidden_RU
     if needs_up_bias:
         dup_bias_eU = sum_rows(dhidden_RU, group_sizes_e)
     if needs_up:
-        rows_RD = gather_rows(x_SD, slot_of_row_R, k)
+        rows_RD = scatter_rows(x_SD, slot_of_row_R, row_of_slot_SK)
         dup_eDU = _weight_gradient(matmul, rows_RD, dhidden_RU, prepared, w.up_eDU)
         del rows_RD
     if needs_x:
@@ -148,8 +140,59 @@ def backward(
 
 
 def _matmul(how: How, x_SD: Tensor, w: Weights, group_sizes_e: Tensor) -> tuple[Kernels, Any]:
+    kernels(how.backend, x_SD, w.down_eID.shape)  # refuses what it cannot serve
     matmul = kernels(how.backend, x_SD, w.up_eDU.shape)
     return matmul, matmul.prepare(group_sizes_e)
+
+
+def _up(
+    matmul: Kernels,
+    rows_RD: Tensor,
+    w: Weights,
+    prepared: Any,
+    row_weights_R: Tensor | None,
+    activation: Activation,
+    row_experts_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(pre-activation without its bias [R, U], its activation [R, I])."""
+    if len(rows_RD) and matmul.fused is not None and matmul.fused.serves(activation):
+        return matmul.fused.up(rows_RD, w.up_eDU, prepared, row_weights_R, activation, w.up_bias_eU)
+    hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
+    bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
+    return hidden_RU, activate_rows(hidden_RU, row_weights_R, activation, **bias)
+
+
+def _down_gradient(
+    matmul: Kernels,
+    dout_RD: Tensor,
+    w: Weights,
+    prepared: Any,
+    kept: Kept,
+    activation: Activation,
+    row_experts_R: Tensor | None,
+    needs_down: bool,
+    in_place: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dhidden [R, U], ddown [e, I, D] or None, dots [R, B]: parts of the row weights' gradients but the bias')."""
+    hidden_RU, row_weights_R, ddown_eID = kept.hidden_RU, kept.row_weights_R, None
+    if len(dout_RD) and matmul.fused is not None and matmul.fused.serves(activation):
+        down_gradient = matmul.fused.down_gradient
+        given = hidden_RU, row_weights_R, activation, w.up_bias_eU, in_place
+        dhidden_RU, act_RI, dots_RB = down_gradient(dout_RD, w.down_eID, prepared, *given)
+        if needs_down:
+            ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)
+        return dhidden_RU, ddown_eID, dots_RB
+    bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
+    if needs_down:
+        act_RI = activate_rows(hidden_RU, row_weights_R, activation, **bias)
+        ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)
+        del act_RI
+    dact_RI = _product(matmul, dout_RD, w.down_eID.mT, prepared)
+    dhidden_RU, dots_R = activate_rows_backward(
+        dact_RI, hidden_RU, row_weights_R, activation, **bias, in_place=in_place
+    )
+    assert dots_R is not None  # there are row weights
+    return dhidden_RU, ddown_eID, dots_R[:, None]
 
 
 def _product(matmul: Kernels, rows_RD: Tensor, weight_eDF: Tensor, prepared: Any) -> Tensor:
@@ -171,13 +214,6 @@ def _row_experts(kept: Kept, w: Weights) -> Tensor | None:
     rows_R = torch.arange(kept.slot_of_row_R.shape[0], dtype=torch.int32, device=kept.x_SD.device)
     ends_e = kept.group_sizes_e.cumsum(0, dtype=torch.int32)
     return torch.searchsorted(ends_e, rows_R, right=True, out_int32=True)
-
-
-def _of_slots(drow_weights_R: Tensor, row_of_slot_SK: Tensor) -> Tensor:
-    if drow_weights_R.shape[0] == 0:
-        return drow_weights_R.new_zeros(row_of_slot_SK.shape)
-    taken_SK = drow_weights_R.index_select(0, row_of_slot_SK.flatten().clamp(min=0)).view_as(row_of_slot_SK)
-    return torch.where(row_of_slot_SK >= 0, taken_SK, 0.0)
 
 
 _WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"

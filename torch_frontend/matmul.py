@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moebius.core import checks
+from moebius.core.activations import Activation
 from moebius.core.kernels import plan
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend import dtypes
@@ -28,6 +29,22 @@ _ANY = ""  # operators take no optional string
 _WITH = "+"  # between a backend's name and what the caller's context asks of it
 
 
+class Fused(NamedTuple):
+    """Products of one backend with the activation, or its derivative, inside; for at least one row and one expert.
+
+    Attributes:
+        serves: activation -> whether both compute it.
+        up: (rows [R, D], up [e, D, U], prepared, row weights [R] or None, activation, bias [e, U] or None)
+            -> (hidden [R, U] without its bias, act [R, I]).
+        down_gradient: (dout [R, D], down [e, I, D], prepared, hidden, row weights [R], activation, bias, in_place)
+            -> (dhidden, act, dots [R, B] float32, the parts of the row weights' gradients).
+    """
+
+    serves: Callable[[Activation], bool]
+    up: Callable[..., tuple[Tensor, Tensor]]
+    down_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
 class Kernels(NamedTuple):
     """One backend of the grouped matmul, for at least one row and one expert.
 
@@ -35,11 +52,13 @@ class Kernels(NamedTuple):
         prepare: group_sizes [e] -> what the two others take for them, made once for several products.
         product: (rows [R, D], weight [e, D, F] in any layout, prepared) -> [R, F]; rows past the end hold anything.
         weight_gradient: (rows [R, D], dout [R, F], prepared) -> [e, D, F]; empty experts zero.
+        fused: what it computes together; None for nothing.
     """
 
     prepare: Callable[[Tensor], Any]
     product: Callable[[Tensor, Tensor, Any], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Any], Tensor]
+    fused: Fused | None = None
 
 
 def grouped_matmul(
@@ -254,7 +273,8 @@ def _load_mxfp8() -> Kernels:
 def _load_triton() -> Kernels:
     from moebius.torch_frontend import matmul_triton as backend
 
-    return Kernels(backend.Prepared, backend.product, backend.weight_gradient)
+    fused = Fused(plan.fuses, backend.activated_product, backend.differentiated_product)
+    return Kernels(backend.Prepared, backend.product, backend.weight_gradient, fused)
 
 
 def _grouped_mm_supports(problem: Problem) -> str | None:

@@ -124,6 +124,25 @@ def gather_rows(x_SD: Float[Tensor, "S D"], slot_of_row_R: Int[Tensor, " R"], k:
     return x_SD.index_select(0, slot_of_row_R // max(k, 1))
 
 
+def scatter_rows(
+    x_SD: Float[Tensor, "S D"], slot_of_row_R: Int[Tensor, " R"], row_of_slot_SK: Int[Tensor, "S K"]
+) -> Tensor:
+    """[R, D]: `gather_rows` but for rows without a slot, which hold anything."""
+    if launch.serves(x_SD):
+        return launch.scatter_rows(x_SD, row_of_slot_SK)
+    return gather_rows(x_SD, slot_of_row_R, row_of_slot_SK.shape[1])
+
+
+def sum_dots(dots_RB: Float[Tensor, "R B"], row_of_slot_SK: Int[Tensor, "S K"]) -> Tensor:
+    """[S, K]: the sum of each slot's row of dots; 0 for a slot without a row."""
+    if launch.serves(dots_RB):
+        return launch.sum_dots(dots_RB, row_of_slot_SK)
+    if dots_RB.shape[0] == 0:
+        return dots_RB.new_zeros(row_of_slot_SK.shape)
+    taken_SK = dots_RB.sum(1).index_select(0, row_of_slot_SK.flatten().clamp(min=0)).view_as(row_of_slot_SK)
+    return torch.where(row_of_slot_SK >= 0, taken_SK, 0.0)
+
+
 def sum_slots(
     rows_RD: Float[Tensor, "R D"],
     row_of_slot_SK: Int[Tensor, "S K"],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no instructions of a device
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -35,9 +38,8 @@ def activate_rows(
     gate, up = _hidden(
         *(hidden_RU, bias_eU, rows, rows < R, experts, first, E, I, GATED, INTERLEAVED, BIASED, ROWS, COLS)
     )
-    act = _curve(_below(gate, LIMIT), CURVE, ALPHA)[0]
-    if GATED:
-        act = act * (-_below(-_below(up, LIMIT), LIMIT) + UP_OFFSET)
+    formula: tl.constexpr = (CURVE, GATED, ALPHA, LIMIT, UP_OFFSET)
+    act = activated(gate, up, formula)
     if WEIGHTED:
         act = act * tl.load(row_weights_R + rows, mask=rows < R, other=0.0)[:, None]
     cols = first + tl.arange(0, COLS)
@@ -79,6 +81,9 @@ def activate_rows_backward(
     experts = tl.load(row_experts_R + rows, mask=there, other=E) if BIASED else rows
     if WEIGHTED:
         weights = tl.load(row_weights_R + rows, mask=there, other=0.0)[:, None]
+    else:
+        weights = None
+    formula: tl.constexpr = (CURVE, GATED, ALPHA, LIMIT, UP_OFFSET)
     total = tl.zeros([ROWS, COLS], tl.float32)
     for first in tl.range(0, I, COLS, num_stages=STAGES):
         cols = first + tl.arange(0, COLS)
@@ -88,21 +93,37 @@ def activate_rows_backward(
         gate, up = _hidden(
             *(hidden_RU, bias_eU, rows, there, experts, first, E, I, GATED, INTERLEAVED, BIASED, ROWS, COLS)
         )
-        act, slope = _curve(_below(gate, LIMIT), CURVE, ALPHA)
-        dunweighted = dact * weights if WEIGHTED else dact
-        if GATED:
-            factor = -_below(-_below(up, LIMIT), LIMIT) + UP_OFFSET
-            dup = _passed(dunweighted * act, up, -up, LIMIT)
-            dgate = _passed(dunweighted * factor * slope, gate, gate, LIMIT)
-            act = act * factor
-        else:
-            dgate = _passed(dunweighted * slope, gate, gate, LIMIT)
-            dup = dgate
+        dgate, dup, act = differentiated(dact, gate, up, weights, formula)
         if WEIGHTED:
             total += dact * act
         _store_halves(dhidden_RU, dgate, dup, rows, there, first, I, GATED, INTERLEAVED, ROWS, COLS)
     if WEIGHTED:
         tl.store(drow_weights_R + rows, tl.sum(total, axis=1), mask=there)
+
+
+@triton.jit
+def activated(gate: tl.tensor, up: tl.tensor, formula: tl.constexpr) -> tl.tensor:
+    """The activation without a weight, all float32. formula is (CURVE, GATED, ALPHA, LIMIT, UP_OFFSET)."""
+    act = _curve(_below(gate, formula[3]), formula[0], formula[2])[0]
+    return act * _factor(up, formula) if formula[1] else act
+
+
+@triton.jit
+def differentiated(
+    dact: tl.tensor, gate: tl.tensor, up: tl.tensor, weights: tl.tensor, formula: tl.constexpr
+) -> tl.tensor:
+    """(dgate, dup, the activation without a weight), all float32; weights may be None. See `activated`."""
+    LIMIT: tl.constexpr = formula[3]
+    act, slope = _curve(_below(gate, LIMIT), formula[0], formula[2])
+    dunweighted = dact if weights is None else dact * weights
+    if formula[1]:
+        factor = _factor(up, formula)
+        dup = _passed(dunweighted * act, up, -up, LIMIT)
+        dgate = _passed(dunweighted * factor * slope, gate, gate, LIMIT)
+        return dgate, dup, act * factor
+    else:
+        dgate = _passed(dunweighted * slope, gate, gate, LIMIT)
+        return dgate, dgate, act
 
 
 @triton.jit
@@ -190,6 +211,13 @@ def _store_halves(
 
 
 @triton.jit
+def _factor(up: tl.tensor, formula: tl.constexpr) -> tl.tensor:
+    """What the gate's curve is multiplied by."""
+    factor = -_below(-_below(up, formula[3]), formula[3])
+    return factor + formula[4] if formula[4] != 0.0 else factor
+
+
+@triton.jit
 def _below(value: tl.tensor, LIMIT: tl.constexpr) -> tl.tensor:
     """min(value, LIMIT), NaN kept."""
     if LIMIT is None:
@@ -222,6 +250,15 @@ def _curve(gate: tl.tensor, CURVE: tl.constexpr, ALPHA: tl.constexpr) -> tl.tens
             inner = 1.5957691216057308 * gate * (1.0 + 0.044715 * square)  # 2 sqrt(2 / pi)
             dinner = 1.5957691216057308 * (1.0 + 0.134145 * square)
         # On the far left exp is inf and s is 0. There, and on the far right, dinner may be inf: hence the comparison.
-        s = 1.0 / (1.0 + tl.exp(-inner))
+        s = _sigmoid(inner)
         steep = s * (1.0 - s)
         return gate * s, s + tl.where(steep == 0.0, 0.0, steep * gate * dinner)
+
+
+@triton.jit
+def _sigmoid(value: tl.tensor) -> tl.tensor:
+    """1 / (1 + exp(-value)); on the device by its approximate instructions, with results below 2^-126 as zero."""
+    if _INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-value))
+    else:
+        return libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-value))

@@ -120,6 +120,56 @@ def gather_rows(
 
 
 @triton.jit(do_not_specialize=["S"])
+def scatter_rows(
+    x_SD: tl.tensor,
+    row_of_slot_SK: tl.tensor,
+    S: tl.tensor,
+    rows_RD: tl.tensor,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:
+    """rows[row_of_slot[s, k]] = x[s], a tile of ROWS x COLS of x a program: x is read once, where `gather_rows` asks K
+    times for it, which the caches do not hold. Rows without a slot are not written; -1 is no row."""
+    blocks: tl.constexpr = (D + COLS - 1) // COLS
+    tokens = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
+    there = tokens < S
+    inside = there[:, None] & (cols < D)[None, :]
+    values = tl.load(x_SD + tokens.to(tl.int64)[:, None] * D + cols[None, :], mask=inside)
+    if UNROLL:
+        for k in tl.static_range(K):
+            rows = tl.load(row_of_slot_SK + tokens * K + k, mask=there, other=-1)
+            places = rows_RD + rows.to(tl.int64)[:, None] * D + cols[None, :]
+            tl.store(places, values, mask=inside & (rows >= 0)[:, None])
+    else:
+        for k in range(K):
+            rows = tl.load(row_of_slot_SK + tokens * K + k, mask=there, other=-1)
+            places = rows_RD + rows.to(tl.int64)[:, None] * D + cols[None, :]
+            tl.store(places, values, mask=inside & (rows >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["N"])
+def sum_dots(
+    dots_RB: tl.tensor,
+    row_of_slot_N: tl.tensor,
+    N: tl.tensor,
+    sums_N: tl.tensor,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """sums[n] = the sum of row_of_slot[n]'s dots in their order; 0 for a slot without a row."""
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(row_of_slot_N + slots, mask=slots < N, other=-1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(PARTS):
+        total += tl.load(dots_RB + rows.to(tl.int64) * PARTS + part, mask=rows >= 0, other=0.0)
+    tl.store(sums_N + slots, total, mask=slots < N)
+
+
+@triton.jit(do_not_specialize=["S"])
 def sum_slots(
     rows_RD: tl.tensor,
     row_of_slot_SK: tl.tensor,

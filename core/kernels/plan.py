@@ -20,7 +20,8 @@ class Launch:
         constants: every constexpr argument by name; equal constants are the same compiled code.
         num_warps: of a program; of one whose warps have several tasks, of the first.
         registers: of a thread at most, before warps with several tasks share them out; None for the compiler's choice.
-        scratch: whether the launcher has to find memory for it on the device, for descriptors.
+        blocks: of as many first arguments, the blocks in which the tensor memory accelerator copies them: the launcher
+            hands over a descriptor of each.
     """
 
     kernel: str
@@ -28,7 +29,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     registers: int | None = None
-    scratch: bool = False
+    blocks: tuple[tuple[int, ...], ...] = ()
 
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""
@@ -50,9 +51,9 @@ _SLOTS = 128  # of a block of routes: one a thread
 _PART = 256  # rows of a part of an expert's sum
 _COLUMNS = (1024, 512, 256, 128, 64, 32)
 _TILE = 128  # rows of a tile of the grouped products
-# Measured on an H200, bfloat16, four models' shapes, all six products: 625 to 702 TFLOP/s, where torch's CUTLASS has
-# 517 to 676 in the same run. Four stages without a buffer for the output are 2 to 10 % slower, groups of 4 or 8 tiles
-# up to 4 %.
+# Measured on an H200, bfloat16, four models' shapes. Slower: four stages without a buffer for the output (2 to 10 %),
+# groups of 4 or 8 tiles (up to 4 %), of 24 (1 %), one warpgroup alone where a tile's second half is empty (1 %).
+_ROWS = (64, 64)  # a block of rows
 _HOPPER = {"COLS": 256, "DEEP": 64, "STAGES": 3, "GROUP": 16}
 
 
@@ -230,23 +231,91 @@ def list_tiles(n_experts: int) -> Launch:
 
 
 @lru_cache(maxsize=1024)
-def grouped_product(processors: int, n_experts: int, width_in: int, width_out: int, transposed: bool) -> Launch:
+def grouped_product(processors: int, width_in: int, width_out: int, transposed: bool) -> Launch:
     """Rows of width_in times matrices [e, width_in, width_out], or [e, width_out, width_in] where `transposed`.
 
     Args:
         processors: of the device; one program each.
     """
-    constants = {"E": n_experts, "D": width_in, "F": width_out, "TRANSPOSED": transposed, **_HOPPER}
-    return _specialised("matmul_hopper.product", processors, constants)
+    constants = {"D": width_in, "F": width_out, "TRANSPOSED": transposed, **_HOPPER}
+    return _specialised("matmul_hopper.product", processors, constants, _ROWS, _weight_block(transposed))
 
 
 @lru_cache(maxsize=1024)
 def grouped_weight_gradient(processors: int, n_experts: int, width_in: int, width_out: int) -> Launch:
     """One [width_in, width_out] an expert."""
     constants = {"E": n_experts, "D": width_in, "F": width_out, **_HOPPER}
-    return _specialised("matmul_hopper.weight_gradient", processors, constants)
+    dout_block = (_HOPPER["DEEP"], _HOPPER["COLS"])
+    return _specialised("matmul_hopper.weight_gradient", processors, constants, _ROWS, dout_block)
 
 
-def _specialised(kernel: str, processors: int, constants: dict[str, Any]) -> Launch:
+def fuses(activation: Activation) -> bool:
+    """Whether `activated_product` and `differentiated_product` compute this activation."""
+    return not activation.interleaved
+
+
+@lru_cache(maxsize=1024)
+def activated_product(
+    processors: int, dim: int, inter_dim: int, activation: Activation, biased: bool, weighted: bool
+) -> Launch:
+    """Rows of `dim` times matrices [e, dim, U], and their activation."""
+    constants = {"D": dim, **_fused(inter_dim, activation, biased), "WEIGHTED": weighted, **_HOPPER}
+    return _specialised("fused_hopper.activated_product", processors, constants, _ROWS, _weight_block(False))
+
+
+@lru_cache(maxsize=1024)
+def differentiated_product(processors: int, dim: int, inter_dim: int, activation: Activation, biased: bool) -> Launch:
+    """Rows of `dim` times matrices [e, inter_dim, dim] transposed, and what the activation's derivative makes of it."""
+    constants = {
+        "D": dim,
+        **_fused(inter_dim, activation, biased),
+        **_HOPPER,
+        "UNROLL": _unroll(dim, activation, biased),
+    }
+    blocks = _ROWS, _weight_block(True), (8, _HOPPER["COLS"])
+    return _specialised("fused_hopper.differentiated_product", processors, constants, *blocks)
+
+
+def dots(inter_dim: int) -> int:
+    """Parts of a routing weight's gradient: columns of dots of `differentiated_product`."""
+    return _blocks(inter_dim, _HOPPER["COLS"])
+
+
+def _fused(inter_dim: int, activation: Activation, biased: bool) -> dict[str, Any]:
+    left_out = "E", "INTERLEAVED", "WEIGHTED"
+    formula = _formula(inter_dim, activation, 0 if biased else None, False)
+    return {name: value for name, value in formula.items() if name not in left_out}
+
+
+def _unroll(dim: int, activation: Activation, biased: bool) -> int:
+    """Panels that the derivative computes at once: many where the product is short and waits for it (7 %), as far as
+    registers go; else few, which disturb the product less (7 %)."""
+    if dim >= 4096:
+        return 1
+    return 2 if biased or activation.limit is not None else 4
+
+
+def _weight_block(transposed: bool) -> tuple[int, ...]:
+    half, deep = _HOPPER["COLS"] // 2, _HOPPER["DEEP"]
+    return (1, half, deep) if transposed else (1, deep, half)
+
+
+def _specialised(kernel: str, processors: int, constants: dict[str, Any], *blocks: tuple[int, ...]) -> Launch:
     # Three warpgroups of 168 registers a thread are the whole file of a multiprocessor.
-    return Launch(kernel=kernel, programs=processors, constants=constants, registers=168, scratch=True)
+    return Launch(kernel=kernel, programs=processors, constants=constants, registers=168, blocks=blocks)
+
+
+@lru_cache(maxsize=1024)
+def scatter_rows(n_tokens: int, k: int, width: int) -> Launch:
+    """n_tokens rows of `width` columns to their k rows each."""
+    rows, columns = tile(width, _GATHERED)
+    programs = _blocks(n_tokens, rows) * _blocks(width, columns)
+    constants = {"K": k, "D": width, "UNROLL": k <= 16, "ROWS": rows, "COLS": columns}
+    return Launch(kernel="permute.scatter_rows", programs=programs, constants=constants)
+
+
+@lru_cache(maxsize=1024)
+def sum_dots(n_slots: int, n_parts: int) -> Launch:
+    """n_slots sums of n_parts numbers."""
+    constants = {"PARTS": n_parts, "BLOCK": 128}
+    return Launch(kernel="permute.sum_dots", programs=_blocks(n_slots, 128), constants=constants)

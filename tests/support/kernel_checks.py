@@ -62,6 +62,27 @@ def gathers(where: Where, tokens: int, k: int, width: int) -> None:
     assert torch.equal(rows_RD, x_SD[torch.from_numpy(slots).to(where.device) // k])
 
 
+def scatters(where: Where, tokens: int, k: int, width: int) -> None:
+    """Every other slot has a row; the rows of the others are not written."""
+    x_SD = where.drawn(tokens, width)
+    rows = np.random.default_rng(3).permutation(tokens * k).reshape(tokens, k)
+    rows[(np.arange(tokens * k) % 2 == 1).reshape(tokens, k)] = -1
+    rows_RD = launch.scatter_rows(x_SD, where.ints(rows))
+    for token, slots in enumerate(rows):
+        for row in slots[slots >= 0]:
+            assert torch.equal(rows_RD[row], x_SD[token])
+
+
+def sums_dots(where: Where, parts: int) -> None:
+    dots_RB = where.drawn(7, parts).to(torch.float32)
+    rows = np.array([[3, 0], [-1, 6], [1, -1]])
+    sums = exact(launch.sum_dots(dots_RB, where.ints(rows)))
+    wanted = np.zeros((3, 2), np.float32)
+    for part in range(parts):
+        wanted += np.where(rows >= 0, exact(dots_RB).astype(np.float32)[rows, part], 0)
+    np.testing.assert_array_equal(sums, wanted)
+
+
 def sums(
     where: Where,
     tokens: int = 7,

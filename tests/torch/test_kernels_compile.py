@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moebius.core.activations import ACTIVATIONS
 from moebius.core.kernels import plan
 
 pytest.importorskip("triton")
@@ -16,44 +17,58 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-PRODUCT = ("rows_RD", "weight", "out_RF")
-GRADIENT = ("rows_RD", "dout_RF", "dweight_eDF")
+SWIGLU, OAI, RELU2 = (ACTIVATIONS[name] for name in ("swiglu", "swigluoai", "relu2"))
 LAUNCHES = {
-    "product": (plan.grouped_product(132, 8, 4096, 28672, False), PRODUCT),
-    "product_transposed": (plan.grouped_product(132, 128, 1536, 2048, True), PRODUCT),
-    "product_of_narrow": (plan.grouped_product(132, 1, 8, 16, False), PRODUCT),
-    "weight_gradient": (plan.grouped_weight_gradient(132, 128, 2048, 1536), GRADIENT),
-    "weight_gradient_of_narrow": (plan.grouped_weight_gradient(132, 3, 200, 328), GRADIENT),
-    "list_tiles": (plan.list_tiles(128), ()),
+    "product": plan.grouped_product(132, 4096, 28672, False),
+    "product_transposed": plan.grouped_product(132, 1536, 2048, True),
+    "product_of_narrow": plan.grouped_product(132, 8, 16, False),
+    "weight_gradient": plan.grouped_weight_gradient(132, 128, 2048, 1536),
+    "weight_gradient_of_narrow": plan.grouped_weight_gradient(132, 3, 200, 328),
+    "activated_product": plan.activated_product(132, 2048, 768, SWIGLU, False, True),
+    "activated_product_clamped_biased": plan.activated_product(132, 2880, 2880, OAI, True, True),
+    "activated_product_of_one_half": plan.activated_product(132, 200, 328, RELU2, False, False),
+    "differentiated_product": plan.differentiated_product(132, 2048, 768, SWIGLU, False),
+    "differentiated_product_clamped": plan.differentiated_product(132, 2880, 2880, OAI, False),
+    "differentiated_product_biased": plan.differentiated_product(132, 2880, 2880, OAI, True),
+    "differentiated_product_of_one_half": plan.differentiated_product(132, 200, 328, RELU2, False),
+    "list_tiles": plan.list_tiles(128),
 }
+FLOAT32 = ("row_weights_R", "dots_RB")
+INTEGERS = ("tiles_Q4", "starts_e", "group_sizes_e")
 
 
-def compiled(launch: plan.Launch, floating: tuple[str, ...], dtype: str) -> Any:
+def compiled(launch: plan.Launch, dtype: str) -> Any:
     file, name = launch.kernel.split(".")
     kernel = getattr(import_module(f"moebius.core.kernels.{file}"), name)
+    descriptors = dict(zip(kernel.arg_names, (described(block, dtype) for block in launch.blocks), strict=False))
     signature = {
         argument: "constexpr"
         if argument in launch.constants
-        else f"*{dtype}"
-        if argument in floating
-        else "i32"
-        if argument == "R"
-        else "*i32"
+        else descriptors.get(argument)
+        or ("*fp32" if argument in FLOAT32 else "*i32" if argument in INTEGERS else f"*{dtype}")
         for argument in kernel.arg_names
     }
+    pointers = [(place,) for place, kind in enumerate(signature.values()) if kind.startswith("*")]
+    attributes = {place: [["tt.divisibility", 16]] for place in pointers}
     source: type[Any] = ASTSource
     if kernel.is_gluon():
         source = import_module("triton.experimental.gluon._runtime").GluonASTSource
-    given = source(fn=kernel, signature=signature, constexprs=launch.constants)
+    given = source(fn=kernel, signature=signature, constexprs=launch.constants, attrs=attributes)
     return triton.compile(given, target=GPUTarget("cuda", 90, 32), options=launch.options())
+
+
+def described(block: tuple[int, ...], dtype: str) -> str:
+    language = import_module("triton.experimental.gluon.language")
+    layout = language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    return f"tensordesc<{dtype}{list(block)},{layout!r}>"
 
 
 @pytest.mark.parametrize("name, dtype", [*((name, "bf16") for name in LAUNCHES), ("product", "fp16")])
 def test_kernels_for_hopper_compile_without_spills_or_products_in_single_file(
     name: str, dtype: str, tmp_path: Path
 ) -> None:
-    launch, floating = LAUNCHES[name]
-    found = compiled(launch, floating, dtype)
+    launch = LAUNCHES[name]
+    found = compiled(launch, dtype)
     assert found.metadata.shared <= 232448, "bytes of shared memory that a program may have"
     source = tmp_path / "kernel.ptx"
     source.write_text(found.asm["ptx"])
@@ -61,4 +76,5 @@ def test_kernels_for_hopper_compile_without_spills_or_products_in_single_file(
     said = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "serialized" not in said
-    assert ("wgmma.mma_async" in found.asm["ptx"]) == launch.kernel.startswith("matmul")
+    assert found.metadata.global_scratch_size == 0, "whoever launches it would have to find memory for it"
+    assert ("wgmma.mma_async" in found.asm["ptx"]) == ("hopper" in launch.kernel)
