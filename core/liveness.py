@@ -1,34 +1,34 @@
-"""Who is missing when a collective fails: heartbeats in the group's store, and what is read from them.
+"""Who is missing when a collective fails: a rank's heartbeats in the group's store, and what the others' tell it.
 
 A collective that fails says little. Of four ranks in a ring two notice at once that the third died, and the fourth
 waits until one of those two leaves; so who fails last does not know who died first, and who has not failed yet is not
 dead. Each rank therefore writes a heartbeat every few seconds, from a thread: a rank is missing whose heartbeats end.
-A rank that has found out who is missing writes that down before it leaves, and the others believe it.
+A rank that has found out who is missing writes that down before it leaves, and the others believe it. One that ends by
+itself, or closes the group, says so with its last heartbeat, and nobody who does not wait for it misses it.
 
 All talk with the store is the thread's. A store may answer no more, where its host is frozen: whoever waits for the
-thread waits for a limited time.
+thread waits for a limited time. One that raises is asked again, for MARGIN heartbeats, or for one where a collective
+has failed; then it counts as gone, and the heartbeats end.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from moebius.core.errors import RankLost
+from moebius.core.sightings import MARGIN, Beat, Position, Sightings, key
 from moebius.core.store import Members, Store, seconds
 
 SETTING = "MOEBIUS_HEARTBEAT"
 SECONDS = 2.0
-# A rank is missing whose heartbeats have ended for so many of them.
-MARGIN = 3
 # So many more a rank waits until the others know what it knows, before it leaves and perhaps takes the store with it.
 _FAREWELL = 2
 
@@ -40,30 +40,6 @@ def interval() -> float | None:
     return seconds(SETTING, SECONDS)
 
 
-class Position(NamedTuple):
-    """Where a rank is: its latest collective.
-
-    Attributes:
-        layer: its qualified name or its number. step: forward passes it has begun; None where nobody counts.
-        phase: "forward", "backward" or "recomputation".
-    """
-
-    layer: str
-    step: int | None
-    phase: str
-
-    def __str__(self) -> str:
-        step = "" if self.step is None else f"step {self.step}, "
-        return f"layer {self.layer}, {step}{self.phase}"
-
-
-class _Seen(NamedTuple):
-    """A heartbeat of another rank, and when it was first read here."""
-
-    said: dict[str, Any]
-    when: float
-
-
 class Watch:
     """This rank's heartbeats in a group, and what it knows of the others'.
 
@@ -72,28 +48,35 @@ class Watch:
         members: of the group.
         every: seconds between heartbeats; None: no thread until a collective fails, and who does not write then within
             the margin is missing, whether dead or waiting.
+        parting: opens it for the last heartbeat, where it may still be there although the group is no more; None for
+            `store`.
 
     Attributes:
         at: the latest collective; None before the first. asynchronous: it returns before it is done.
     """
 
-    def __init__(self, store: Callable[[], Store | None], members: Members, every: float | None):
+    def __init__(
+        self,
+        store: Callable[[], Store | None],
+        members: Members,
+        every: float | None,
+        parting: Callable[[], Store | None] | None = None,
+    ):
         self.members, self.every = members, SECONDS if every is None else every
         self.at: Position | None = None
         self.asynchronous = False
-        self._store, self._beats = store, every is not None
+        self._store, self._parting, self._beats = store, parting or store, every is not None
+        self._others = Sightings(members, self.every, self._beats)
         self._inside, self._since = False, 0.0
         self._thread: threading.Thread | None = None
         self._wake, self._news = threading.Event(), threading.Condition()
-        self._stop = self._over = False
-        self._count = 0
+        self._stop = self._over = self._left = False
+        self._count, self._process = 0, os.getpid()
         self._asking: float | None = None  # since when the store has not answered
+        self._trouble: Exception | None = None  # what the store raised when it was last asked
+        self._since_trouble = 0.0
         self._gone: Exception | None = None
-        self._seen: dict[int, _Seen] = {}
         self._failed: float | None = None
-        self._then: dict[int, int] | None = None  # heartbeats at the time of the failure
-        self._missing: tuple[int, ...] | None = None
-        self._says: int | None = None  # who found them missing, if not this rank
         self._logged: set[int] = set()
         _WATCHES.add(self)
 
@@ -116,8 +99,10 @@ class Watch:
         Args:
             certain: the failure itself says that ranks did not meet: an error also where all of them live.
         """
+        others = self._others
         with self._news:
-            self._failed, self._then = time.monotonic(), None
+            self._failed = time.monotonic()
+            others.begin()
         self.start()
         self._wake.set()
         with self._news:
@@ -125,10 +110,10 @@ class Watch:
             if self._over:
                 return None
             store_gone = self._without_store()
-            if self._missing is None and store_gone is None:
-                self._missing = tuple(place for place in self.members.others if not self._lives(place))
-            if not self._missing and store_gone is None and not certain:
-                self._failed = self._missing = None
+            if others.missing is None and store_gone is None:
+                others.missing = tuple(place for place in self.members.others if not others.lives(place))
+            if not others.missing and store_gone is None and not certain:
+                self._failed = others.missing = None
                 return None
             error = self._lost(store_gone)
         if store_gone is None:
@@ -141,17 +126,30 @@ class Watch:
     def start(self) -> None:
         """Begin the heartbeats, if they have not begun."""
         if self._thread is None or not self._thread.is_alive():
-            self._stop = False
+            self._stop = self._left = False
             self._thread = threading.Thread(target=self._run, name="moebius-heartbeat", daemon=True)
             self._thread.start()
 
-    def close(self, wait: float = 1.0) -> None:
-        """End the heartbeats; `wait` seconds at most for a store that does not answer."""
-        self._stop = True
+    def close(self, wait: float = 1.0, silently: bool = False) -> None:
+        """End the heartbeats, with one that says so; `wait` seconds at most for a store that does not answer.
+
+        Args:
+            silently: without that one, as where the process dies.
+        """
+        self._stop, self._left = True, self._left or silently
         self._wake.set()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(wait)
+
+    def say_goodbye(self, store: Store) -> None:
+        """Write the last heartbeat, into a store that may be gone: once, and only after others."""
+        # A rank that has found somebody missing has said more; and a forked child is not this rank.
+        if self._count == 0 or self._left or self._failed is not None or self._process != os.getpid():
+            return
+        self._left = True
+        with suppress(Exception):
+            store.set(key(self.members.place), Beat(self._count + 1, self.at, left=True).text())
 
     def _run(self) -> None:
         while self._gone is None and not self._stop:
@@ -168,10 +166,15 @@ class Watch:
                 self._report()
                 asking.join(self.every)
             if self._stop or self._over:
-                return
+                break
             self._report()
             if self._gone is None:
                 self._wake.wait(self.every if self._failed is None else self.every / 10)
+        if (self._stop or self._over) and self._trouble is None and self._asking is None:
+            with suppress(Exception):
+                store = self._parting()
+                if store is not None:
+                    self.say_goodbye(store)
 
     def _ask(self) -> None:
         try:
@@ -181,23 +184,34 @@ class Watch:
             else:
                 self._beat(store)
                 if self._anxious():
-                    self._look(store)
+                    self._others.look(store, self._failed)
+            self._trouble = None
         except Exception as error:
             self._over = self._closes()
-            self._gone = None if self._over else error
+            self._raised(error)
         self._asking = None
         with self._news:
             self._news.notify_all()
+
+    def _raised(self, error: Exception) -> None:
+        """The store did: for how long is it asked again?"""
+        now = time.monotonic()
+        if self._trouble is None:
+            self._since_trouble = now
+        self._trouble = error
+        began = self._since_trouble if self._failed is None else max(self._since_trouble, self._failed)
+        if not self._over and now - began >= (MARGIN if self._failed is None else 1) * self.every:
+            self._gone = error
 
     def _closes(self) -> bool:
         """Whether this process is closing the group, where its store has just failed: then that is no news."""
         return False
 
     def _beat(self, store: Store) -> None:
+        if self._left:
+            return
         self._count += 1
-        at = None if self.at is None else list(self.at)
-        said = {"count": self._count, "at": at, "inside": self._inside, "for": time.monotonic() - self._since}
-        store.set(f"beat/{self.members.place}", json.dumps(said | {"missing": self._missing}))
+        store.set(key(self.members.place), Beat(self._count, self.at, self._inside, self._others.missing).text())
 
     def _anxious(self) -> bool:
         """Whether to read the others' heartbeats: a collective has failed, or takes longer than a heartbeat."""
@@ -206,47 +220,22 @@ class Watch:
         waits = self._inside or (self.asynchronous and self.at is not None)
         return waits and time.monotonic() - self._since >= self.every
 
-    def _look(self, store: Store) -> None:
-        began = time.monotonic()
-        for place in self.members.others:
-            text = store.get(f"beat/{place}")
-            if text is None:
-                continue
-            said, known = json.loads(text), self._seen.get(place)
-            if known is None or said["count"] != known.said["count"]:
-                self._seen[place] = _Seen(said, time.monotonic())
-            if said["missing"] and not self._missing:
-                self._missing, self._says = tuple(said["missing"]), place
-        # A heartbeat that was under way when its rank died counts as one of before, hence the moment.
-        if self._then is None and self._failed is not None and began - self._failed >= self.every / 10:
-            self._then = {place: seen.said["count"] for place, seen in self._seen.items()}
-
     # ------------------------------------------------------------------------------------------------- what is known
-    def _lives(self, place: int) -> bool:
-        """Whether it wrote since the failure, or wrote before it left what it had found out."""
-        if place not in self._seen:
-            return False
-        said = self._seen[place].said
-        if said["missing"] is not None:
-            return True
-        return self._then is not None and said["count"] > self._then.get(place, 0)
-
     def _decided(self) -> bool:
-        return bool(self._missing) or self._gone is not None or self._over or all(map(self._lives, self.members.others))
+        others = self._others
+        return bool(others.missing) or self._gone is not None or self._over or others.all_known()
 
     def _known(self) -> bool:
         """Whether each rank that lives has read of what is missing."""
-        if self._gone is not None or self._over:
-            return True
-        lives = [place for place in self.members.others if place not in (self._missing or ()) and place in self._seen]
-        return all(self._seen[place].said["missing"] is not None for place in lives)
+        return self._gone is not None or self._over or self._others.all_told()
 
     def _without_store(self) -> str | None:
         """In words, that the store is gone; None where it is there, or is not needed."""
-        if self._missing:
+        if self._others.missing:
             return None
-        if self._gone is not None:
-            return f"the group's store is gone ({next(iter(str(self._gone).splitlines()), '')})"
+        error = self._gone if self._failed is None else self._gone or self._trouble
+        if error is not None:
+            return f"the group's store is gone ({next(iter(str(error).splitlines()), '')})"
         asking = self._asking
         if asking is not None and time.monotonic() - asking > (MARGIN - 1) * self.every:
             return f"the group's store has not answered for {time.monotonic() - asking:.1f} s"
@@ -260,51 +249,25 @@ class Watch:
         return RankLost(asked, found, do, missing, **(self.at._asdict() if self.at else {}))
 
     def _found(self, store_gone: str | None) -> tuple[str, tuple[int, ...]]:
-        if store_gone is not None:
-            if self.members.host is None:
-                return f"{store_gone}, and with it who is missing", ()
-            who = f"missing: {self.members.kind} {self.members.host}, which hosts the group's store"
-            return f"{who}: {store_gone}; who else is not known", (self.members.host,)
-        places = self._missing or ()
-        if not places:
-            where = ", ".join(f"{self.members.named([place])} {self._where(place)}" for place in self.members.others)
-            return f"all ranks live, but do not meet: {where}", ()
-        missing = tuple(self.members.ranks[place] for place in places)
-        if self._says is None:
-            return f"missing: {self._absent(places)}", missing
-        says = self.members.named([self._says])
-        if self.members.place in places:
-            return (
-                f"{says} took this rank for missing: it saw no heartbeat of it for {MARGIN * self.every:g} s",
-                missing,
-            )
-        return f"missing: {self.members.named(places)}, says {says}", missing
-
-    def _absent(self, places: Iterable[int]) -> str:
-        return ", ".join(f"{self.members.named([place])} ({self._silence(place)})" for place in places)
-
-    def _silence(self, place: int) -> str:
-        if place not in self._seen:
-            if not self._beats:
-                return f"it has not checked in within {MARGIN * self.every:g} s"
-            return "no sign of life yet: it has not come to its first dispatch"
-        seen = self._seen[place]
-        return f"no sign of life for {time.monotonic() - seen.when:.1f} s, last heard of {self._where(place)}"
-
-    def _where(self, place: int) -> str:
-        said = self._seen[place].said if place in self._seen else {"at": None}
-        if said["at"] is None:
-            return "before its first layer"
-        return f"{'in' if said['inside'] else 'past'} {Position(*said['at'])}"
+        if store_gone is None:
+            return self._others.found()
+        if self.members.host is None:
+            return f"{store_gone}, and with it who is missing", ()
+        host = f"{self.members.kind} {self.members.host}"
+        if self._failed is None and not self._inside:
+            return f"{store_gone}: {host}, which hosts it, has ended or is missing", ()
+        who = f"missing: {host}, which hosts the group's store"
+        return f"{who}: {store_gone}; who else is not known", (self.members.host,)
 
     def _report(self) -> None:
         """Into the log: who has stopped while this rank waits. What ends this process may leave nothing else."""
         if self._failed is not None or not self._anxious():
             return
-        now = time.monotonic()
-        absent: Sequence[int] = [place for place in self.members.others if self._lapsed(place, now)]
+        absent: Sequence[int] = [
+            place for place in self.members.others if self._others.lapsed(place, self._since, self._inside)
+        ]
         store_gone = self._without_store()
-        if self._asking is not None and store_gone is None:
+        if store_gone is None and (self._asking is not None or self._trouble is not None):
             return  # what the others wrote is not known before the store answers
         new = set(absent) - self._logged
         if store_gone is not None:
@@ -312,8 +275,10 @@ class Watch:
         if not new:
             return
         self._logged |= new
-        found = f"missing: {self._absent(absent)}" if store_gone is None else self._found(store_gone)[0]
-        _LOG.error("%s; %s", self._waits(now - self._since), found)
+        # Where nothing is known to wait, the host of the store may as well have ended by itself.
+        level = logging.ERROR if store_gone is None or self._inside else logging.WARNING
+        found = f"missing: {self._others.absent(absent)}" if store_gone is None else self._found(store_gone)[0]
+        _LOG.log(level, "%s; %s", self._waits(time.monotonic() - self._since), found)
         for handler in [*_LOG.handlers, *logging.getLogger().handlers]:
             handler.flush()
         sys.stderr.flush()
@@ -321,14 +286,13 @@ class Watch:
     def _waits(self, seconds: float) -> str:
         return f"{self.members.named([self.members.place])} waits since {seconds:.1f} s in {self.at}"
 
-    def _lapsed(self, place: int, now: float) -> bool:
-        seen = self._seen.get(place)
-        if seen is not None and seen.said["missing"] is not None:
-            return False
-        return now - (self._since if seen is None else seen.when) > MARGIN * self.every
-
 
 _WATCHES: weakref.WeakSet[Watch] = weakref.WeakSet()
+
+
+def _ends_by_an_error() -> bool:
+    """Whether the interpreter has seen an error that nobody caught, by which it ends."""
+    return getattr(sys, "last_value", None) is not None
 
 
 # A child has none of the threads; what it inherits it must not wait for.
@@ -341,7 +305,7 @@ def _end_all() -> None:
     """No thread may come back from the store while the interpreter goes. What does not answer is left behind."""
     watches = list(_WATCHES)
     for watch in watches:
-        watch.close(0.0)
+        watch.close(0.0, silently=_ends_by_an_error())  # of which the others hear as of a death
     deadline = time.monotonic() + 1.0
     for watch in watches:
         watch.close(max(0.0, deadline - time.monotonic()))

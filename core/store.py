@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -59,6 +59,14 @@ class Members:
     def named(self, places: Iterable[int]) -> str:
         """ "rank 3, rank 5"; of a part of all ranks "rank 6 (2 in its group)"."""
         return ", ".join(self._name(place) for place in places)
+
+    def grouped(self, said: Sequence[str | None]) -> str:
+        """What each place says, in order, with the names of all that say it; None says nothing."""
+        by_text: dict[str, list[int]] = {}
+        for place, text in enumerate(said):
+            if text is not None:
+                by_text.setdefault(text, []).append(place)
+        return "; ".join(f"{self.named(places)}: {text}" for text, places in by_text.items())
 
     def _name(self, place: int) -> str:
         rank = self.ranks[place]

@@ -111,6 +111,23 @@ def candidates(problem: Problem, k: int) -> tuple[Choice, ...]:
     return order(problem.ranks, k, available=free)
 
 
+def check_bound(backend: BackendConfig, ranks: int | None = None) -> None:
+    """Refuse a bound, or what of routes beyond it, that would mean nothing.
+
+    Args:
+        ranks: over which the experts are spread; None where that is not known yet.
+    Raises:
+        ConfigError: what of routes beyond a bound, without one; or a bound on one rank.
+    """
+    bound, overflow = backend.dispatcher_bound, backend.dispatcher_on_overflow
+    if bound is None and overflow is not None:
+        found, do = "no dispatcher_bound, and without one nothing is dropped", "set one, or leave it out"
+        raise ConfigError(f"dispatcher_on_overflow={overflow!r}", found, do)
+    if bound is not None and ranks == 1:
+        do = "leave it out, or spread the experts over the devices of a mesh"
+        raise ConfigError(f"dispatcher_bound={bound} on one rank", "nothing is sent there", do)
+
+
 def choose_dispatcher(
     name: str | None, problem: Problem, k: int, axis: str | None, backend: BackendConfig
 ) -> Dispatcher:

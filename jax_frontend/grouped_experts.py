@@ -21,7 +21,7 @@ from moebius.jax_frontend import preflight
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.checks import check_arrays
 from moebius.jax_frontend.dispatch import Dispatcher, Local
-from moebius.jax_frontend.dispatch_ranks import OverRanks, choose_dispatcher
+from moebius.jax_frontend.dispatch_ranks import OverRanks, check_bound, choose_dispatcher
 from moebius.jax_frontend.dtypes import as_dtype
 from moebius.jax_frontend.experts import WeightedActivation
 from moebius.jax_frontend.gate import RoutingStatistic
@@ -59,6 +59,7 @@ class _Experts(nnx.Module):
         if self.backend.dispatcher_max_tokens is not None:
             asked = f"dispatcher_max_tokens={self.backend.dispatcher_max_tokens}"
             raise Unsupported(asked, "in Flax shapes are static, and nothing is read on the host", "leave it out")
+        check_bound(self.backend)
         self.dtype = None if dtype is None else as_dtype(dtype)
         self.n_routed_experts = self.config.n_routed_experts
         self.expert_bias = self.config.expert_bias
@@ -89,6 +90,8 @@ class _Experts(nnx.Module):
         the parameters, this device's.
         """
         check_arrays(x=x)
+        if self.ep_mesh is None:
+            check_bound(self.backend, 1)
         preflight.begin(self, self.ep_mesh)
         x = jnp.asarray(x, self.dtype)  # NumPy's float64 is JAX's only in x64 mode
         parameters = {row.name: getattr(self, row.name)[...] for row in layout.experts(self.config)}
@@ -149,6 +152,8 @@ class _Experts(nnx.Module):
         """The dispatcher of that name over the axis of experts of `mesh`, None for one rank."""
         axis = None if mesh is None else ep_axis(mesh)
         ranks = 1 if axis is None else int(mesh.shape[axis])
+        if mesh is not None:
+            check_bound(self.backend, ranks)
         rows, c = self._no_rows(), self.config
         problem = Problem(
             device=device_of(rows)[0],
@@ -278,6 +283,7 @@ class _Dispatched(_Experts):
     def _spread(self, ep_mesh: Any) -> None:
         axis = ep_axis(ep_mesh)
         ranks = int(ep_mesh.shape[axis])
+        check_bound(self.backend, ranks)
         dispatcher = Local() if ranks == 1 else self._choose(self.dispatcher_backend, ep_mesh)
         if ranks > 1 or not isinstance(ep_mesh, AbstractMesh):
             shard_experts(self, ep_mesh)

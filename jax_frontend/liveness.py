@@ -21,13 +21,11 @@ anything of ours can run; its own last words name the "leader task", which is pr
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 import weakref
 from collections import Counter
-from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -121,20 +119,11 @@ def close(mesh: Mesh | None = None) -> None:
 
 
 class _Heartbeats(Watch):
-    """A Watch that says when its process leaves: none of the others then waits for it."""
+    """A Watch whose process is told of a shutdown by its store alone, and what it says in the log."""
 
     def record(self, lost: RankLost) -> str:
         """What the log has of an error."""
         return f"{self._waits(time.monotonic() - self._since)}; {lost.found}"
-
-    def _run(self) -> None:
-        super()._run()
-        if self._stop and not self._over and self._gone is None and not _FAILED:
-            with suppress(Exception):
-                store = self._store()
-                left = {"count": self._count + 1, "at": self.at, "inside": False, "for": 0.0}
-                if store is not None:
-                    store.set(f"beat/{self.members.place}", json.dumps(left | {"missing": []}))
 
     def _closes(self) -> bool:
         # jax.distributed.shutdown() ends the connection first, and then forgets it. After a failure there is no time.
@@ -175,7 +164,6 @@ class _Texts:
 _PEERS: dict[tuple[int, ...], Peers] = {}
 _COUNTS: Counter[tuple[int, ...]] = Counter()
 _PREVIOUS: list[Any] = []  # what sys.excepthook was
-_FAILED: list[BaseException] = []  # what ends this process
 
 
 @lru_cache(maxsize=64)
@@ -200,7 +188,6 @@ def _unhandled(kind: type[BaseException], error: BaseException, trace: Traceback
     Later nothing could: at the exit of the interpreter no thread may be started.
     """
     _PREVIOUS[-1](kind, error, trace)
-    _FAILED.append(error)
     if isinstance(error, jax.errors.JaxRuntimeError) and _client() is not None:
         for here in list(_PEERS.values()):
             lost = here.watch.judge(False)

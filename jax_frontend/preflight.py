@@ -17,7 +17,6 @@ table, waits for the others' calls.
 from __future__ import annotations
 
 import weakref
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moebius.core import preflight
-from moebius.core.preflight import Facts
 from moebius.jax_frontend.liveness import Layer, Peers, peers
 
 
@@ -71,15 +69,7 @@ def check(here: Peers) -> None:
     """
     if here.compared == len(here.modules):
         return
-    limit, first = preflight.timeout(), here.compared or 0
-    store = None if limit is None else here.store()
-    if limit is not None and store is not None:
-        # Looked at now, not when they were registered: a model may have been cast since.
-        layers = tuple(_now(*registered) for registered in here.modules[first:])
-        key = f"preflight/{here.rounds}"
-        here.rounds += 1  # also of one that fails: what was said under a key stays there
-        preflight.agree(store, here.members, Facts(versions=_versions(), layers=layers), limit, key, first)
-    here.compared = len(here.modules)
+    preflight.compare(here, facts, _versions())
 
 
 def facts(module: Any) -> dict[str, Any]:
@@ -105,7 +95,7 @@ def _registered(here: Peers, module: Any) -> Layer:
         if reference() is module:
             return here.layers[number]
     now = facts(module)
-    alike = [number for number, registered in enumerate(here.modules) if _now(*registered) == now]
+    alike = [number for number, registered in enumerate(here.modules) if preflight.as_it_is(*registered, facts) == now]
     if len(alike) > 1:
         return here.alike.setdefault(alike[0], Layer(f"{alike[0]}, or one like it"))
     return here.layers[alike[0]] if alike else _added(here, module)
@@ -118,15 +108,5 @@ def _added(here: Peers, module: Any) -> Layer:
     return layer
 
 
-def _now(then: dict[str, Any], reference: weakref.ref[Any]) -> dict[str, Any]:
-    """As the module is; as it was where it lives no more, which in another process it may."""
-    module = reference()
-    return then if module is None else facts(module)
-
-
 def _versions() -> dict[str, str]:
-    try:
-        own = version("moebius")
-    except PackageNotFoundError:
-        own = "not installed"
-    return {"moebius": own, "jax": jax.__version__}
+    return preflight.versions_of(jax=jax.__version__)

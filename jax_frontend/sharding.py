@@ -66,7 +66,8 @@ def shard_experts(module: _Module, ep_mesh: Any) -> _Module:
         `module`.
     Raises:
         ConfigError: `module` is none, the mesh has no such axis or no devices, or n does not divide the experts; or the
-            processes of the mesh differ. RankLost: one of them did not come; see preflight.py.
+            processes of the mesh differ. RankLost: one of them did not come; see preflight.py. After an error `module`
+            is as it was.
     """
     axis = ep_axis(ep_mesh)
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
@@ -78,11 +79,16 @@ def shard_experts(module: _Module, ep_mesh: Any) -> _Module:
         raise ConfigError(f"experts over the devices of {ep_mesh.shape[axis]} ranks", found, "pass a jax.sharding.Mesh")
     experts: Any = module
     held(experts.config.n_routed_experts, ep_mesh.shape[axis])
-    experts.ep_mesh = ep_mesh
-    preflight.register(experts, ep_mesh)  # before values move, which all processes of the mesh do together
-    for row in layout.experts(experts.config):
-        variable = own[row.name]
-        variable.set_value(_placed(variable.get_value(), len(row.shape), ep_mesh, axis))
+    before, experts.ep_mesh = experts.ep_mesh, ep_mesh
+    rows = layout.experts(experts.config)
+    try:
+        preflight.register(experts, ep_mesh)  # before values move, which all processes of the mesh do together
+        placed = [_placed(own[row.name].get_value(), len(row.shape), ep_mesh, axis) for row in rows]
+    except BaseException:
+        experts.ep_mesh = before
+        raise
+    for row, value in zip(rows, placed, strict=True):
+        own[row.name].set_value(value)
     return module
 
 

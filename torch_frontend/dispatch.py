@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from moebius.core.errors import Unsupported
 from moebius.core.registry import Problem, Registry
-from moebius.torch_frontend.dispatch_limits import against
+from moebius.torch_frontend.dispatch_limits import Options, against, require_counts
 from moebius.torch_frontend.dtypes import promoted
 
 if TYPE_CHECKING:
@@ -58,25 +57,6 @@ class Dispatcher(Protocol):
     def combine(self, y_SD: Float[Tensor, "S D"], state: Any) -> Tensor:
         """[T, D]: this rank's tokens, summed over the ranks; of several ranks, y_SD is in the accumulate dtype."""
         ...
-
-
-class Options(NamedTuple):
-    """What a dispatcher over a library's communication buffer is built for; of the others max_tokens alone matters.
-
-    Attributes:
-        dim: D at most. n_experts: E. k: routes of a token.
-        num_sms: multiprocessors that move tokens. share: one buffer for all layers that can use the same.
-        asynchronous: tokens travel while the current stream computes, until they are needed.
-        max_tokens: no rank has more in any call: then nothing is read on the host; None to read what there are.
-    """
-
-    dim: int
-    n_experts: int
-    k: int
-    num_sms: int = 20
-    share: bool = True
-    asynchronous: bool = False
-    max_tokens: int | None = None
 
 
 class Local:
@@ -170,9 +150,8 @@ def _allgather(group: Any = None, combine_dtype: str | None = None, options: Opt
 def _alltoall(group: Any = None, combine_dtype: str | None = None, options: Options | None = None) -> Dispatcher:
     if group is None:
         return Local()
-    if options is not None and options.max_tokens is not None:
-        found = "alltoall counts what travels, on the host"
-        raise Unsupported(f"dispatcher_max_tokens={options.max_tokens}", found, "name 'allgather', or leave it out")
+    if options is not None:
+        require_counts("alltoall", options.max_tokens)
     from moebius.torch_frontend.dispatch_alltoall import AllToAll
 
     return AllToAll(group, combine_dtype)

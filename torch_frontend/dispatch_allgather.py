@@ -33,7 +33,8 @@ class AllGather(OverRanks):
 
     Collectives: four forward (sizes, tokens, routes, outputs), of which the first is read on the host, and three
     backward. With `max_tokens` there is no first, and nothing is read: every rank's tokens are filled up to as many
-    with masked ones. Nothing is compared either, and every rank takes part in a backward pass where gradients are on.
+    with masked ones. Nothing is compared either: every rank takes part in a backward pass where gradients are enabled,
+    which they are on all ranks or on none.
 
     Args:
         max_tokens: that no rank exceeds in any call, alike on all of them; None to tell one another.

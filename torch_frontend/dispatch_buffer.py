@@ -39,7 +39,8 @@ class OverBuffer(OverRanks):
     """A dispatcher over a communication buffer, which is made here: by all ranks of the group together.
 
     Tokens are bfloat16; each rank's part of the output travels so, and the parts are added in float32 and rounded once.
-    Gradients have no gradients. A rank whose own tensors need no gradient takes part in the backward pass all the same.
+    Gradients have no gradients. A rank whose own tensors need no gradient takes part in the backward pass all the same,
+    unless gradients are disabled, on all ranks then; see OverRanks.
     Every call is made by all ranks, with any number of tokens each. Without `options.max_tokens` counts are read on the
     host in each forward pass, never in a backward pass; with it nothing is read, rows are as many as there could be,
     and a CUDA graph may hold all of it.
@@ -53,15 +54,13 @@ class OverBuffer(OverRanks):
     """
 
     name = ""
+    takes = WIRE
 
     def __init__(self, group: Any, combine_dtype: str | None, options: Options):
         super().__init__(group, combine_dtype)
         self.group = torch.distributed.group.WORLD if group is None else group
         self.options = options
-        if combine_dtype not in (None, limits.DTYPE):
-            found = f"{self.name!r} adds {limits.DTYPE} alone"
-            raise Unsupported(f"combine_dtype={combine_dtype!r}", found, "leave it out, or name 'alltoall'")
-        self._require(options.dim, options.n_experts, options.k)
+        self._require(options)
         key = (self.name, self.group, *self.key()) if options.share else None
         self.lease = Lease(key, self.sizes(), self.make)
 
@@ -163,21 +162,27 @@ class OverBuffer(OverRanks):
             raise ConfigError(asked, "the state of another", "pass what the same dispatch returned")
         return home(state, y_SD.to(WIRE))[: state.tokens]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """See OverRanks; it holds the same buffer, as one more."""
+        copied = super().__deepcopy__(memo)
+        copied.lease = self.lease.again()
+        return copied
+
     def close(self) -> None:
         """Give the buffer back; where no layer holds it any longer it is destroyed. By all ranks together."""
         self.lease.close()
         super().close()
 
-    def _require(self, dim: int, n_experts: int, k: int) -> None:
+    def _require(self, options: Options) -> None:
         problem = Problem(
             device=limits.DEVICES[0],
             dtype=limits.DTYPE,
-            dim=dim,
+            dim=options.dim,
             inter_dim=0,
-            n_experts=held(n_experts, self.ranks),
+            n_experts=held(options.n_experts, self.ranks),
             ranks=self.ranks,
         )
-        limits.require(self.name, problem, k, self.options.num_sms, self.options.asynchronous)
+        limits.require(self.name, problem, options, self.combine_dtype)
 
     def _check(self, x_TD: Tensor, weights_TK: Tensor, n_experts: int) -> None:
         asked = f"dispatch backend {self.name!r} of tokens {list(x_TD.shape)}"
@@ -186,9 +191,9 @@ class OverBuffer(OverRanks):
         if x_TD.dtype != WIRE:
             do = "compute in bfloat16 (dtype=torch.bfloat16 or autocast), or name 'alltoall'"
             raise DTypeError(f"{asked} in {limits.DTYPE}", str(x_TD.dtype), do)
-        found = (x_TD.shape[1], n_experts, weights_TK.shape[1])
-        if found != (self.options.dim, self.options.n_experts, self.options.k):
-            self._require(*found)
+        asks = self.options._replace(dim=x_TD.shape[1], n_experts=n_experts, k=weights_TK.shape[1])
+        if asks != self.options:
+            self._require(asks)
         if x_TD.shape[1] > self.options.dim:
             do = f"build it for D={x_TD.shape[1]}"
             raise ShapeError(asked, f"a buffer for D={self.options.dim}", do)

@@ -18,6 +18,25 @@ DEVICES = ("cuda", "meta")
 DTYPE = "bfloat16"
 
 
+class Options(NamedTuple):
+    """What a dispatcher over a library's communication buffer is built for; of the others max_tokens alone matters.
+
+    Attributes:
+        dim: D at most. n_experts: E. k: routes of a token.
+        num_sms: multiprocessors that move tokens. share: one buffer for all layers that can use the same.
+        asynchronous: tokens travel while the current stream computes, until they are needed.
+        max_tokens: no rank has more in any call: then nothing is read on the host; None to read what there are.
+    """
+
+    dim: int
+    n_experts: int
+    k: int
+    num_sms: int = 20
+    share: bool = True
+    asynchronous: bool = False
+    max_tokens: int | None = None
+
+
 class Limits(NamedTuple):
     """Of one library; None for no limit.
 
@@ -58,21 +77,41 @@ def against(name: str, problem: Problem, k: int = 1) -> str | None:
     return f"{words}; {', '.join([*others, repr('alltoall')])} can"
 
 
-def require(name: str, problem: Problem, k: int, num_sms: int, asynchronous: bool) -> None:
-    """Refuse what `name` cannot do.
+def require(name: str, problem: Problem, options: Options, combine_dtype: str | None = None) -> None:
+    """Refuse what `name` cannot do, wherever it is not a library's limit alone; on one rank a library can do all.
 
+    Args:
+        options, combine_dtype: see the dispatcher.
     Raises:
         Unsupported: a limit is passed. ConfigError: a setting that nothing could use.
     """
-    asked = f"dispatch backend {name!r} for {problem}, K={k}, {problem.ranks} ranks"
-    found = against(name, problem, k)
+    require_counts(name, options.max_tokens)
+    if name not in LIMITS or problem.ranks == 1:
+        return
+    asked = f"dispatch backend {name!r} for {problem}, K={options.k}, {problem.ranks} ranks"
+    found = against(name, problem, options.k)
     if found is not None:
         raise Unsupported(asked, found, "name one that can, or None to choose")
+    if combine_dtype not in (None, DTYPE):
+        found = f"{name!r} adds {DTYPE} alone"
+        raise Unsupported(f"combine_dtype={combine_dtype!r}", found, "leave it out, or name 'alltoall'")
+    num_sms = options.num_sms
     if num_sms < 2 or num_sms % 2:
         raise ConfigError(f"{asked}, dispatcher_num_sms={num_sms}", "no even number of 2 or more", "use 20 or 24")
-    if asynchronous and not LIMITS[name].overlaps:
+    if options.asynchronous and not LIMITS[name].overlaps:
         found = f"{name!r} has no asynchronous calls"
         raise Unsupported(f"{asked}, dispatcher_async_dispatch=True", found, "leave it out, or name 'deepep'")
+
+
+def require_counts(name: str | None, max_tokens: int | None) -> None:
+    """Refuse a number of tokens, with which nothing is read on the host, for a dispatcher that has to count.
+
+    Raises:
+        Unsupported: it has.
+    """
+    if name == "alltoall" and max_tokens is not None:
+        found = "alltoall counts what travels, on the host"
+        raise Unsupported(f"dispatcher_max_tokens={max_tokens}", found, "name 'allgather', or leave it out")
 
 
 def _words(limits: Limits, problem: Problem, k: int) -> Iterator[str]:

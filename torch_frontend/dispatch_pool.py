@@ -6,6 +6,7 @@ exit: that is a collective too, and ranks do not collect garbage in step.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -55,7 +56,18 @@ class Lease:
         self._key, self._make = key, make
         self._shelf: _Shelf | None = _Shelf() if key is None else _SHELVES.setdefault(key, _Shelf())
         self._shelf.holders += 1
-        self.grow(sizes)
+        try:
+            self.grow(sizes)
+        except BaseException:
+            self.close()  # nobody has this lease who could
+            raise
+
+    def again(self) -> Lease:
+        """Another hold on the same buffer; nothing is made."""
+        other = copy.copy(self)
+        if other._shelf is not None:
+            other._shelf.holders += 1
+        return other
 
     def grow(self, sizes: Sizes) -> Generation:
         """The buffer, after a larger one is made where it has to be; all ranks ask for the same."""

@@ -6,7 +6,8 @@ travels ahead, with the numbers of tokens, and is read on the host once a forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
@@ -80,6 +81,10 @@ class OverRanks:
     number of tokens each, none included. Parameters are frozen on every rank or on none. Under torch.compile both
     methods run between the graphs, not in them; torch.func does not transform them.
 
+    Gradients are enabled (torch.is_grad_enabled) on every rank or on none. That is compared in the pass in which layers
+    are, and in each pass in which ranks tell one another how many tokens they have. With `max_tokens`, and by DeepEP's
+    Buffer, they do not: there a rank that differs later goes on alone, and the others wait in their backward pass.
+
     Args:
         group: the torch.distributed process group over which the experts are spread; None for the default one.
         combine_dtype: in which each rank's part of the output travels, None for x's: rounded once more than on one
@@ -87,12 +92,14 @@ class OverRanks:
 
     Attributes:
         layer: what errors call the layer whose forward pass began last; None before the first.
+        takes: the one dtype of its tokens; None for any.
 
     Raises:
         ConfigError: there is no such group, or this process is not in it.
     """
 
     layer: Layer | None = None
+    takes: torch.dtype | None = None
 
     def __init__(self, group: Any = None, combine_dtype: str | None = None):
         if not dist.is_initialized():
@@ -119,7 +126,7 @@ class OverRanks:
         """Tokens of all ranks with routes to this one's experts, ids counted from the first of them, e for no route.
 
         Raises:
-            ConfigError: the ranks do not divide E, or some compute gradients and some do not.
+            ConfigError: the ranks do not divide E, or gradients are enabled on some and not on others.
             ShapeError: the ranks' tokens differ in more than their number. Raised on every rank; what one rank refuses
             before, a wrong width for instance, leaves the others waiting.
             RankLost: a rank is missing; also in `combine`, and in the backward pass.
@@ -162,6 +169,15 @@ class OverRanks:
         if not here.dispatchers:
             liveness.close(dist.group.WORLD if self.group is None else self.group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """One more over the same ranks: a process group cannot be copied. It is closed by itself."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied._alone = Layer(self._alone.name)
+        here = liveness.known(self.group)
+        if here is not None and self in here.dispatchers:
+            here.dispatchers.add(copied)
+        return copied
+
     def __enter__(self) -> OverRanks:
         """For `with`."""
         return self
@@ -183,9 +199,11 @@ class OverRanks:
         raise NotImplementedError
 
     def exchange_notes(self, note: Note, *more: Tensor) -> tuple[list[Note], list[list[int]]]:
-        """Every rank's note, and what it says besides: read on the host. All agree, or an error on every rank."""
-        sent = torch.tensor(note, dtype=torch.int64, device=more[0].device if more else None)
-        sent = torch.cat([sent, *(value.to(torch.int64) for value in more)])
+        """Every rank's note, and the numbers on the device that it says besides: read on the host, once.
+
+        All agree, or an error on every rank.
+        """
+        sent = torch.cat([_on_device(note, more), *(value.to(torch.int64) for value in more)])
         notes = sent.new_empty(self.ranks * len(sent))
         collective(all_gather, notes, sent, group=self.group)
         rows = notes.view(self.ranks, -1).tolist()
@@ -224,6 +242,13 @@ class Note(NamedTuple):
 
     def __str__(self) -> str:
         return f"D={self.width}, K={self.k}, E={self.n_experts}, {tuple(DTYPES)[self.dtype]}"
+
+
+def _on_device(note: Note, beside: Sequence[Tensor]) -> Tensor:
+    """[len(note)] int64, where the other tensors are. The host waits for no copy: only pinned memory is copied so."""
+    device = beside[0].device if beside else torch.device("cpu")
+    on_host = torch.tensor(note, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def wanted(notes: list[Note]) -> tuple[bool, bool]:

@@ -21,6 +21,7 @@ from moebius.torch_frontend import preflight
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, During, Local, Options
 from moebius.torch_frontend.dispatch_choice import agreed
+from moebius.torch_frontend.dispatch_limits import require_counts
 from moebius.torch_frontend.dtypes import as_dtype, computed
 from moebius.torch_frontend.experts import WeightedActivation, experts
 from moebius.torch_frontend.matmul import choose
@@ -56,6 +57,7 @@ class _Experts(AllOrNothing):
         self.is_gated = self.config.activation.gated
         self.tap: Tap = untapped
         self._activation: WeightedActivation | None = None
+        self._dispatchers: dict[torch.dtype | None, Dispatcher] = {}  # that it built by itself, by the tokens' dtype
         self.gate_up_proj_bias = None
         self.down_proj_bias = None
         for row in layout.experts(self.config):
@@ -82,15 +84,15 @@ class _Experts(AllOrNothing):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
-        parameters = self._parameters_by_name()
-        dispatcher: Any = self._dispatcher(mesh_of(parameters))
+        parameters, x = self._parameters_by_name(), computed(x, self.dtype)
+        dispatcher: Any = self._dispatcher(mesh_of(parameters), x.dtype)
         if dispatcher.ranks > 1 and hasattr(dispatcher, "layer"):  # not of a user's own
             dispatcher.layer = preflight.begin(self, dispatcher.group)
         if self._work is not None:
             dispatcher = During(dispatcher, self._work)
         return experts(
             {name: local(value) for name, value in parameters.items()},
-            computed(x, self.dtype),
+            x,
             token_mask,
             weights,
             indices,
@@ -107,17 +109,24 @@ class _Experts(AllOrNothing):
         """As attributes, which a parametrization or FSDP may compute, not as what is registered."""
         return {row.name: getattr(self, row.name) for row in layout.experts(self.config)}
 
-    def _dispatcher(self, mesh: Any) -> Dispatcher:
+    def _dispatcher(self, mesh: Any, dtype: torch.dtype) -> Dispatcher:
+        """The dispatcher of a call over the ranks of `mesh`, for tokens of that dtype."""
         raise NotImplementedError
 
-    def _choose(self, name: str | None, mesh: Any) -> Dispatcher:
-        """The dispatcher of that name over the ranks of `mesh`, None for one rank; all ranks call."""
-        return self._built(name, None if mesh is None or mesh.size() == 1 else mesh.get_group())
+    def _choose(self, name: str | None, mesh: Any, dtype: torch.dtype | None = None) -> Dispatcher:
+        """As `_built`, over the ranks of `mesh`, None for one rank."""
+        return self._built(name, None if mesh is None else mesh.get_group(), dtype)
 
-    def _built(self, name: str | None, group: Any) -> Dispatcher:
+    def _built(self, name: str | None, group: Any, dtype: torch.dtype | None = None) -> Dispatcher:
+        """The dispatcher of that name over the ranks of `group`, None for one rank; all ranks call.
+
+        Args:
+            dtype: of the tokens; None for what it will most likely be.
+        """
+        group = None if group is None or group.size() == 1 else group
         weight, ranks = self.gate_and_up_projs, 1 if group is None else group.size()
         # Of a named one the tokens' dtype is known where they come, and is checked there: an autocast may choose it.
-        dtype = self.dtype or (weight.dtype if name is None else torch.bfloat16)
+        dtype = dtype or self.dtype or (weight.dtype if name is None else torch.bfloat16)
         may_move = name is not None and weight.device.type == "cpu" and torch.cuda.is_available()
         problem = Problem(
             device="meta" if may_move else weight.device.type,
@@ -127,12 +136,21 @@ class _Experts(AllOrNothing):
             n_experts=self.config.n_routed_experts // ranks,
             ranks=ranks,
         )
-        k = self.config.n_activated_experts
         if name == "torch" or (name is None and group is not None and self.backend.dispatcher_max_tokens is not None):
             name = "allgather"
-        chosen = agreed(name, problem, k, group, self.backend.combine_dtype)
-        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, self.backend.combine_dtype, self._options())
+        options, combine_dtype = self._options(), self.backend.combine_dtype
+        chosen = agreed(name, problem, options, group, combine_dtype)
+        dispatcher: Dispatcher = DISPATCHERS.implementation(chosen)(group, combine_dtype, options)
         return dispatcher
+
+    def close(self) -> None:
+        """Give back what its dispatchers hold: buffers, and after a group's last one the thread of its heartbeats.
+
+        By all ranks together, after the last backward pass. A call after it begins anew.
+        """
+        given, self._dispatchers = self._dispatchers, {}
+        for dispatcher in given.values():
+            getattr(dispatcher, "close", lambda: None)()
 
     def _settings(self) -> tuple[int, bool, bool]:
         """num_sms, share and asynchronous of Options."""
@@ -188,7 +206,8 @@ class GroupedExperts(_Experts):
         gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
         expert_activation_grouped: assign (hidden [R, U], weights [R, 1]) -> [R, I] to compute that instead of the
             config's activation.
-        backend_name: the grouped matmul's backend, chosen at construction.
+        backend_name: the grouped matmul's backend, chosen at construction. Of the dispatcher, None is chosen in the
+            first call, for the dtype of its tokens.
         tap: see `experts`; `untapped` by default.
 
     Raises:
@@ -207,24 +226,28 @@ class GroupedExperts(_Experts):
         super().__init__(config, backend, None, dtype, param_dtype, device)
         # Also refuses a dispatcher that is not there.
         self._on_one_rank = self._choose(self.backend.dispatcher, None)
-        self._over_ranks: tuple[Any, Dispatcher] | None = None
+        self._over_ranks: Any = None
 
-    def _dispatcher(self, mesh: Any) -> Dispatcher:
+    def _dispatcher(self, mesh: Any, dtype: torch.dtype) -> Dispatcher:
         if mesh is None:
             return self._on_one_rank
-        if self._over_ranks is None or self._over_ranks[0] != mesh:
+        # One that was named takes the tokens or refuses them; what serves tokens of one dtype may not serve another.
+        kind = dtype if self.backend.dispatcher is None else None
+        if self._over_ranks is None or self._over_ranks != mesh or kind not in self._dispatchers:
             # Ranks talk to one another there: not in a compiled graph.
             once = self._choose_once
-            (torch.compiler.disable(once) if torch.compiler.is_compiling() else once)(mesh)
-        assert self._over_ranks is not None
-        return self._over_ranks[1]
+            (torch.compiler.disable(once) if torch.compiler.is_compiling() else once)(mesh, kind)
+        return self._dispatchers[kind]
 
-    def _choose_once(self, mesh: Any) -> None:
-        self._over_ranks = mesh, self._choose(self.backend.dispatcher, mesh)
+    def _choose_once(self, mesh: Any, kind: torch.dtype | None) -> None:
+        chosen = self._choose(self.backend.dispatcher, mesh, kind)
+        if self._over_ranks is not None and self._over_ranks != mesh:
+            self.close()  # after the new one was made: a buffer that both can use stays
+        self._over_ranks, self._dispatchers[kind] = mesh, chosen
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the process group, which can be neither copied nor stored."""
-        return {**self.__dict__, "_over_ranks": None}
+        return {**self.__dict__, "_over_ranks": None, "_dispatchers": {}}
 
     @property
     def expert_activation_grouped(self) -> WeightedActivation:
@@ -256,6 +279,7 @@ class _Dispatched(_Experts):
     ):
         super().__init__(config, backend, self._default_backend, dtype, param_dtype, device)
         self.dispatcher_backend = BackendConfig(dispatcher=dispatcher_backend).dispatcher
+        require_counts(self.dispatcher_backend, self.backend.dispatcher_max_tokens)
         self.dispatcher_num_sms = dispatcher_num_sms
         self.dispatcher_share_token_dispatcher = dispatcher_share_token_dispatcher
         self.dispatcher_async_dispatch = dispatcher_async_dispatch
@@ -273,24 +297,39 @@ class _Dispatched(_Experts):
             if spread is None:
                 shard_experts(self, mesh)
             preflight.register(self, mesh)
-        # After the new one was made: a buffer that both can use stays.
-        getattr(self.token_dispatcher, "close", lambda: None)()
+        self._take(dispatcher)
+
+    def _take(self, dispatcher: Dispatcher) -> None:
+        """Send tokens by this one from now on."""
+        self.close()  # after the new one was made: a buffer that both can use stays
         self.ep_size, self.ep_rank, self.token_dispatcher = dispatcher.ranks, dispatcher.rank, dispatcher
+
+    def close(self) -> None:
+        """See GroupedExperts.close; a call after it needs `init_token_dispatcher` again."""
+        super().close()
+        given, self.token_dispatcher = self.token_dispatcher, None
+        self.ep_size, self.ep_rank = 1, 0
+        getattr(given, "close", lambda: None)()  # a user's own may have none
 
     def _settings(self) -> tuple[int, bool, bool]:
         return self.dispatcher_num_sms, self.dispatcher_share_token_dispatcher, self.dispatcher_async_dispatch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy that sends its tokens over the same ranks: a process group cannot be copied."""
-        for shared in (self.token_dispatcher, getattr(self, "moe_mesh", None)):
-            memo[id(shared)] = shared
+        shared = [getattr(self, "moe_mesh", None)]
+        if not hasattr(self.token_dispatcher, "__deepcopy__"):
+            shared.append(self.token_dispatcher)
+        memo.update({id(each): each for each in shared})
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def _dispatcher(self, mesh: Any) -> Dispatcher:
-        if self.token_dispatcher is not None:
-            return self.token_dispatcher
+    def _dispatcher(self, mesh: Any, dtype: torch.dtype) -> Dispatcher:
+        given: Any = self.token_dispatcher
+        if given is not None:
+            # Where none was named, tokens that the one chosen does not take go by another.
+            fits = self.dispatcher_backend is not None or getattr(given, "takes", None) in (None, dtype)
+            return given if fits else self._another(given.group, dtype)
         if mesh is not None and mesh.size() > 1:
             raise ConfigError(
                 f"{type(self).__name__}.forward over {mesh.size()} ranks",
@@ -298,6 +337,13 @@ class _Dispatched(_Experts):
                 "call init_token_dispatcher(ep_mesh) first",
             )
         return Local()
+
+    def _another(self, group: Any, dtype: torch.dtype) -> Dispatcher:
+        if dtype not in self._dispatchers:
+            build = self._built
+            build = torch.compiler.disable(build) if torch.compiler.is_compiling() else build
+            self._dispatchers[dtype] = build(None, group, dtype)
+        return self._dispatchers[dtype]
 
     @property
     def expert_activation(self) -> WeightedActivation:

@@ -11,15 +11,22 @@ heartbeats (10 s) until RankLost is raised; where a collective waits, at most 5 
 the log "moebius" has the record, which is all that remains where a watchdog ends the process. Before the first
 dispatch: MOEBIUS_PREFLIGHT, see preflight.py.
 
-The rank that hosts the store takes the record along when it dies. Then that is what the others say, and its name.
+The rank that hosts the store takes the record along when it dies. Then that is what the others say, and its name. A
+store that raises is asked again with each heartbeat, for 3 of them (6 s), or for one where a collective has failed.
+
+A rank that ends by itself is no loss: at the exit of its interpreter, unless that is by an error, when its group is
+destroyed and by `close` its last heartbeat says that it leaves. Others that wait in a collective for it name it all the
+same. Dispatchers' own `close` ends the heartbeats of a group with the last of them; `close()` here ends all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +35,7 @@ from torch import nn
 
 from moebius.core.errors import ConfigError, MoEError
 from moebius.core.liveness import Position, Watch, interval
-from moebius.core.store import Members, Store
+from moebius.core.store import Members, Store, within
 from moebius.torch_frontend.recompute import recomputing
 
 
@@ -60,22 +67,25 @@ class Peers:
         members: of the group. watch: their heartbeats.
         modules: the layers that are spread over the group, in their order: how each looked then, and itself while it
             lives. layers: what errors call them. compared: how many of them the ranks have compared, None before the
-            first time. rounds, exchanges: how often they have compared layers, and exchanged anything else.
+            first time. rounds: how often the ranks have told one another anything. chosen: the dispatchers that they
+            have chosen together, by what each of them was asked for.
         dispatchers: those over the group that were not closed.
     """
 
     def __init__(self, group: Any):
         self._group = weakref.ref(group)
-        _COUNTS[group.group_name] += 1
-        # A name may be used again, in the same store, once its group was destroyed.
-        self._prefix = f"moebius/{_COUNTS[group.group_name]}"
         ranks = tuple(dist.get_process_group_ranks(group))
+        self._prefix = _prefix(group.group_name, ranks)
         self.members = Members(ranks=ranks, place=dist.get_rank(group), host=_host(_group_store(group)))
-        self.watch = Watch(self.store, self.members, interval())
+        self.watch = Watch(self.store, self.members, interval(), parting=self._parting)
+        # With the store, which lives as long as the group does.
+        self._end = weakref.finalize(group, _ended, self.watch, self._texts(group))
+        self._end.atexit = False
         self.modules: list[tuple[dict[str, Any], weakref.ref[nn.Module]]] = []
         self.layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
         self.compared: int | None = None
-        self.rounds = self.exchanges = 0
+        self.rounds = 0
+        self.chosen: dict[str, str] = {}
         self.dispatchers: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def store(self) -> Store | None:
@@ -84,9 +94,18 @@ class Peers:
         Whoever keeps it keeps its port.
         """
         group = self._group()
-        if group is None or not _exists(group) or dist.get_backend(group) == "fake":
+        return None if group is None or not _exists(group) else self._texts(group)
+
+    def _texts(self, group: Any) -> Store | None:
+        if dist.get_backend(group) == "fake":
             return None
         return _Texts(dist.PrefixStore(self._prefix, _group_store(group)))
+
+    def _parting(self) -> Store | None:
+        """The store for the last heartbeat, also of a group that was destroyed and is still held."""
+        kept = self._end.peek()
+        store: Store | None = None if kept is None else kept[2][1]
+        return store
 
 
 def peers(group: Any) -> Peers:
@@ -134,7 +153,8 @@ def collective(function: Callable[..., Any], *arguments: Any, group: Any) -> Non
 def close(group: Any = None) -> None:
     """End what moebius runs for `group`, None for all groups: its thread, and what it knows of the ranks.
 
-    Nothing is sent. All ranks of the group close it, or none; a dispatch after it begins anew.
+    The others learn that this rank has left, and wait for nobody. All ranks of the group close it, or none; a dispatch
+    after it begins anew.
     """
     for own in list(_PEERS) if group is None else [group]:
         found = _PEERS.pop(own, None)
@@ -161,7 +181,7 @@ class _Texts:
 
 # Weak: a group that was destroyed, and with it its store and port, is kept by nothing here.
 _PEERS: weakref.WeakKeyDictionary[Any, Peers] = weakref.WeakKeyDictionary()
-_COUNTS: Counter[str] = Counter()
+_COUNTS: Counter[str] = Counter()  # of the groups of one name and the same ranks
 # RuntimeErrors that no other rank can be the cause of.
 _OTHER = (MoEError, NotImplementedError, RecursionError, torch.OutOfMemoryError)
 
@@ -172,7 +192,26 @@ def _speaks_of_ranks(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistNetworkError) or any(word in text for word in _WORDS)
 
 
+_GOODBYE = 0.5  # seconds
 _WORDS = ("gloo/transport", "timed out", "timeout", "connection closed", "connection reset", "broken pipe")
+
+
+def _prefix(name: str, ranks: tuple[int, ...]) -> str:
+    """Of what a group's ranks write, alike on all of them, whatever other groups each has been in before.
+
+    A name may be used again, in the same store, once its group was destroyed; perhaps by others.
+    """
+    # As a digest: a key of thousands of ranks would be long.
+    here = f"{name}/{hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]}"
+    _COUNTS[here] += 1
+    return f"moebius/{here}/{_COUNTS[here]}"
+
+
+def _ended(watch: Watch, store: Store | None) -> None:
+    """A group is no more: it was destroyed, by a rank that goes on or ends by itself."""
+    if store is not None:
+        with suppress(Exception):  # nobody waits for long for a host that is gone
+            within(_GOODBYE, lambda: watch.say_goodbye(store))
 
 
 def _exists(group: Any) -> bool:

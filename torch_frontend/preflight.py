@@ -8,16 +8,13 @@ alike on all ranks. Afterwards it costs a comparison of two numbers in each forw
 
 from __future__ import annotations
 
-import json
 import weakref
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import nn
 
 from moebius.core import preflight
-from moebius.core.preflight import Facts
 from moebius.torch_frontend.liveness import Layer, Peers, peers
 
 _NAMES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -70,30 +67,26 @@ def check(here: Peers) -> None:
     """
     if here.compared == len(here.modules):
         return
-    limit, first = preflight.timeout(), here.compared or 0
-    store = None if limit is None else here.store()
-    if limit is not None and store is not None:
-        # Looked at now, not when they were registered: a model may have been cast since.
-        layers = tuple(_now(*registered) for registered in here.modules[first:])
-        key = f"preflight/{here.rounds}"
-        here.rounds += 1  # also of one that fails: what was said under a key stays there
-        preflight.agree(store, here.members, Facts(versions=_versions(), layers=layers), limit, key, first)
-    here.compared = len(here.modules)
+    # Whoever computes gradients takes part in backward passes, which not every dispatcher could compare later.
+    settings = {"gradients": "enabled" if torch.is_grad_enabled() else "disabled"}
+    preflight.compare(here, facts, _versions(), settings)
 
 
-def exchange(value: Any, group: Any) -> list[Any]:
+def exchange(what: str, value: Any, group: Any, detail: str = "") -> list[Any]:
     """Every rank's `value`, which JSON can hold, by rank: through the store, without a collective. All ranks call.
 
+    Args:
+        what: this rank does, in words; alike on all of them. detail: more words of it, which may differ.
     Raises:
+        ConfigError: a rank does something else in its turn.
         RankLost: a rank did not come within MOEBIUS_PREFLIGHT seconds; where that is "off", within 300.
     """
     here = peers(group)
     store = here.store()
     if store is None:
         return [value] * len(here.members.ranks)
-    here.exchanges += 1
-    limit, key = preflight.timeout() or preflight.SECONDS, f"exchange/{here.exchanges}"
-    return [json.loads(text) for text in preflight.exchange(store, here.members, json.dumps(value), limit, key)]
+    limit = preflight.timeout() or preflight.SECONDS
+    return preflight.meet(store, here.members, what, value, limit, preflight.next_key(here), detail)
 
 
 def facts(module: Any) -> dict[str, Any]:
@@ -122,18 +115,8 @@ def _registered(here: Peers, module: nn.Module) -> Layer:
     return layer
 
 
-def _now(then: dict[str, Any], reference: weakref.ref[nn.Module]) -> dict[str, Any]:
-    """As the module is; as it was where it lives no more, which on another rank it may."""
-    module = reference()
-    return then if module is None else facts(module)
-
-
 def _versions() -> dict[str, str]:
-    try:
-        own = version("moebius")
-    except PackageNotFoundError:
-        own = "not installed"
-    return {"moebius": own, "torch": torch.__version__}
+    return preflight.versions_of(torch=torch.__version__)
 
 
 def _short(dtype: torch.dtype) -> str:

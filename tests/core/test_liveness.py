@@ -1,6 +1,5 @@
 """Heartbeats of ranks that are threads: who is missing when a collective fails, and that nobody waits for ever."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from stores import Broken, Silent, Table, together
 
 from moebius.core import RankLost
 from moebius.core.liveness import MARGIN, Position, Watch, interval
+from moebius.core.sightings import Beat
 from moebius.core.store import Members
 
 BEAT = 0.1
@@ -40,8 +40,8 @@ def _living(watches, store, places, **settings):
 
 
 def _dies(watch):
-    """Its heartbeats end, as where its process does."""
-    watch.close()
+    """Its heartbeats end, as where its process is killed."""
+    watch.close(silently=True)
 
 
 def test_judge_names_the_rank_whose_heartbeats_ended_on_all_that_fail(watches):
@@ -87,7 +87,7 @@ def test_judge_knows_who_is_missing_though_the_store_left_with_the_rank_that_sai
 def test_judge_of_a_rank_that_others_took_for_missing_says_so(watches):
     store = Table()
     (here,) = _living(watches, store, [0], n=2)
-    store.set("beat/1", json.dumps({"count": 1, "at": None, "inside": False, "for": 0.0, "missing": [0]}))
+    store.set("beat/1", Beat(1, missing=(0,)).text())
     assert "rank 1 took this rank for missing" in str(here.judge(True))
 
 
@@ -167,7 +167,7 @@ def test_enter_starts_one_thread_and_writes_nothing_itself(watches):
     deadline = time.monotonic() + 5.0
     while not store.values and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert watch._thread is thread and thread.daemon and json.loads(store.values["beat/0"])["count"] == 1
+    assert watch._thread is thread and thread.daemon and Beat.of(store.values["beat/0"]).number == 1
 
 
 def _logged(caplog, words):
@@ -213,6 +213,78 @@ def test_a_rank_that_stops_while_nobody_waits_is_not_logged(watches, caplog):
     assert not caplog.records
 
 
+def test_a_rank_that_has_left_is_not_logged_by_one_whose_collective_may_be_done(watches, caplog):
+    living = _living(watches, Table(), [0, 1], n=2)
+    living[0].asynchronous = True
+    with caplog.at_level(logging.INFO, "moebius"):
+        living[0].enter()
+        living[0].leave()
+        time.sleep(2 * BEAT)
+        living[1].close()
+        time.sleep((MARGIN + 3) * BEAT)
+    assert not caplog.records
+
+
+def test_a_rank_that_has_left_is_logged_by_one_that_waits_in_a_collective(watches, caplog):
+    living = _living(watches, Table(), [0, 1], n=2)
+    with caplog.at_level(logging.ERROR, "moebius"):
+        living[0].enter()
+        time.sleep(2 * BEAT)
+        living[1].close()
+        (text,) = _logged(caplog, "missing")
+    assert "missing: rank 1 (it has left: it ended, or closed the group, past layer blocks.3, step 17" in text
+
+
+def test_judge_names_a_rank_that_has_left(watches):
+    living = _living(watches, Table(), [0, 1], n=2)
+    time.sleep(2 * BEAT)
+    living[1].close()
+    error = living[0].judge(False)
+    assert error.missing == (1,) and "missing: rank 1 (it has left: it ended, or closed the group" in str(error)
+
+
+def test_a_store_that_goes_while_nobody_is_known_to_wait_may_have_gone_with_its_host_by_itself(watches, caplog):
+    store = Table()
+    (here,) = _living(watches, store, [1], n=2, host=0)
+    here.asynchronous = True
+    with caplog.at_level(logging.WARNING, "moebius"):
+        here.enter()
+        here.leave()
+        time.sleep(2 * BEAT)
+        store.get = store.set = Broken().get
+        (text,) = _logged(caplog, "gone")
+    assert "(Broken pipe): rank 0, which hosts it, has ended or is missing" in text
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+@pytest.mark.parametrize("beats, goes_on", [(MARGIN - 1, True), (MARGIN + 2, False)])
+def test_heartbeats_go_on_after_a_store_that_raised_for_less_than_the_margin(watches, beats, goes_on):
+    store = Table()
+    (watch,) = _living(watches, store, [0], n=2)
+    time.sleep(2 * BEAT)
+    works, store.set = store.set, Broken().set
+    before = store.values["beat/0"]
+    time.sleep((beats - 0.5) * BEAT)
+    store.set = works
+    deadline = time.monotonic() + (5.0 if goes_on else 3 * BEAT)
+    while store.values["beat/0"] == before and time.monotonic() < deadline:
+        time.sleep(BEAT / 5)
+    assert (store.values["beat/0"] != before) == goes_on == watch._thread.is_alive()
+
+
+def test_a_store_that_raises_for_a_moment_while_a_rank_waits_makes_nobody_missing(watches, caplog):
+    store = Table()
+    living = _living(watches, store, [0, 1], n=2, host=0)
+    with caplog.at_level(logging.WARNING, "moebius"):
+        living[1].enter()
+        time.sleep(2 * BEAT)
+        works, store.get = store.get, Broken().get
+        time.sleep(BEAT)
+        store.get = works
+        time.sleep((MARGIN + 2) * BEAT)
+    assert not caplog.records and living[1].judge(False) is None
+
+
 @pytest.mark.parametrize("kind", [Broken, Silent])
 def test_a_store_that_goes_while_a_rank_waits_is_logged_with_its_host(watches, caplog, kind):
     store, other = Table(), kind()
@@ -222,6 +294,8 @@ def test_a_store_that_goes_while_a_rank_waits_is_logged_with_its_host(watches, c
         time.sleep(2 * BEAT)
         store.get, store.set = other.get, other.set
         assert "missing: rank 0, which hosts the group's store" in _logged(caplog, "missing")[0]
+    # Whose heartbeats could not be read is not missing for that.
+    assert not any("no sign of life" in record.getMessage() for record in caplog.records)
     getattr(other, "release", threading.Event()).set()
 
 
@@ -237,14 +311,27 @@ def test_close_ends_the_thread_also_where_the_store_does_not_answer(watches):
     assert not any(watch._thread.is_alive() for watch in watches)
 
 
-def test_close_writes_nothing_more(watches):
+def test_close_ends_with_one_heartbeat_that_says_so_and_writes_nothing_more(watches):
     store = Table()
     (watch,) = _living(watches, store, [0], every=20 * BEAT)
     time.sleep(5 * BEAT)
-    before = dict(store.values)
+    before = Beat.of(store.values["beat/0"])
+    watch.close()
+    assert Beat.of(store.values["beat/0"]) == Beat(before.number + 1, AT, left=True)
+    after = dict(store.values)
     watch.close()
     time.sleep(BEAT)
-    assert before and store.values == before
+    assert store.values == after
+
+
+def test_close_of_a_watch_that_never_wrote_or_has_judged_says_nothing_of_leaving(watches):
+    store = Table()
+    _watch(store, 0, n=2).close()
+    (said,) = _living(watches, store, [1], n=2)
+    time.sleep(2 * BEAT)
+    assert said.judge(True).missing == (0,)
+    said.close()
+    assert store.values.keys() == {"beat/1"} and not Beat.of(store.values["beat/1"]).left
 
 
 def test_the_thread_ends_where_the_group_is_no_more(watches):

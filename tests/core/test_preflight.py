@@ -6,7 +6,7 @@ import pytest
 from stores import Broken, Silent, Table, together
 
 from moebius.core import ConfigError, RankLost
-from moebius.core.preflight import Facts, agree, differences, exchange, timeout
+from moebius.core.preflight import Facts, agree, differences, differing, exchange, meet, timeout
 from moebius.core.store import Members
 
 VERSIONS = {"moebius": "1", "torch": "2"}
@@ -87,6 +87,26 @@ def test_agree_of_many_differences_names_the_first_of_them():
         lambda place: agree(store, _members(2, place), _facts(*(layers if place else [{}] * 20)), 9.0), [0, 1]
     )
     assert "layer 11: D" in str(found[0]) and "layer 13" not in str(found[0]) and "and 7 more" in str(found[0])
+
+
+def test_differing_of_fields_names_each_that_differs_but_the_name():
+    fields = [{"name": "a", "D": 8, "K": None}, {"name": "b", "D": 8, "K": 2}]
+    assert differing(fields, _members(2)) == ["K is null on rank 0, 2 on rank 1"]
+    assert differing(fields, _members(2), "layer 3: ") == ["layer 3: K is null on rank 0, 2 on rank 1"]
+
+
+def test_meet_of_ranks_that_do_the_same_gives_each_what_all_said():
+    store = Table()
+    found = together(lambda place: meet(store, _members(2, place), "adds", [place], 10.0, "x", f" {place}"), [0, 1])
+    assert found == {0: [[0], [1]], 1: [[0], [1]]}
+
+
+def test_meet_of_ranks_that_do_different_things_tells_all_of_them_at_once_who_does_what():
+    store = Table()
+    does = ["adds", "adds", "multiplies"]
+    found = together(lambda place: meet(store, _members(3, place), does[place], None, 60.0, "x", " 2"), [0, 1, 2])
+    assert {type(error) for error in found.values()} == {ConfigError} and len({str(e) for e in found.values()}) == 1
+    assert "asked: 3 ranks that do the same\nfound: rank 0, rank 1: adds 2; rank 2: multiplies 2\n" in str(found[0])
 
 
 def test_exchange_without_a_rank_names_it_on_all_that_came_and_to_it_when_it_comes():

@@ -40,6 +40,11 @@ def test_members_of_another_kind_are_called_so():
     assert members.counted == "2 processes" and members.named([1]) == "process 2 (1 in its group)"
 
 
+def test_members_that_say_the_same_are_named_together():
+    members = Members(ranks=(0, 1, 2, 3), place=0)
+    assert members.grouped(["a", "b", None, "a"]) == "rank 0, rank 3: a; rank 1: b"
+
+
 def test_within_returns_or_raises_what_the_function_does():
     assert within(5.0, lambda: 3) == 3
     assert within(5.0, lambda: None) is None

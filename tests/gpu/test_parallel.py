@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -51,3 +52,43 @@ def test_experts_over_gpus_agree_with_reference(lengths: tuple[int, ...], dtype:
     for name in parts[0]:
         whole = torch.cat([part[name] for part in parts]).double().numpy()
         assert within(whole, exact[name], limits[name]), name
+
+
+def _waits(name: str) -> list[int]:
+    """How often the host waits for the device in a forward pass, and in a backward pass, after one of each."""
+    from moebius.torch_frontend.dispatch import DISPATCHERS
+
+    dispatcher = DISPATCHERS.implementation(DISPATCHERS[name])(torch.distributed.group.WORLD)
+    rank, p = torch.distributed.get_rank(), _problem("bfloat16")
+    own = slice(24 * rank, 24 + 16 * rank)  # of 40 tokens
+    x = torch.from_numpy(p.x[own]).to("cuda", torch.bfloat16).requires_grad_()
+    weights, ids = torch.from_numpy(p.weights[own]).float().cuda(), torch.from_numpy(p.ids[own]).cuda()
+    mask, found = torch.from_numpy(p.token_mask[own]).cuda(), []
+
+    def counted(function: Any) -> Any:
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = function()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append(sum("synchronizing" in str(warning.message) for warning in caught))
+        return result
+
+    def forward() -> torch.Tensor:
+        sent, state = dispatcher.dispatch(x, weights, ids, mask, 8)
+        y: torch.Tensor = dispatcher.combine(sent.x_SD.float() * sent.weights_SK.sum(1, keepdim=True), state)
+        return y
+
+    for _ in range(2):  # the first also sets NCCL up
+        y = counted(forward)
+        dy = torch.ones_like(y)
+        counted(lambda y=y, dy=dy: y.backward(dy))
+    return found[2:]
+
+
+@pytest.mark.parametrize("name", ["alltoall", "allgather"])
+def test_dispatchers_wait_for_the_device_once_in_a_forward_pass_and_never_in_a_backward_pass(name: str) -> None:
+    assert ranks.run(_waits, 2, name, transport="nccl") == [[1, 0], [1, 0]]

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from moebius.core import BackendConfig, ConfigError, Unsupported, config
+from moebius.core import BackendConfig, ConfigError, MoEConfig, Unsupported, config
 from moebius.core.registry import Problem
-from moebius.jax_frontend import Local
+from moebius.jax_frontend import GroupedExperts, GroupedExpertsDeepEP, Local
 from moebius.jax_frontend.dispatch import DISPATCHERS
 from moebius.jax_frontend.dispatch_allgather import AllGather
 from moebius.jax_frontend.dispatch_alltoall import AllToAll
@@ -112,3 +113,26 @@ def test_a_bound_chooses_alltoall_and_is_its_own():
 def test_the_originals_name_torch_means_allgather_and_settings_are_handed_on():
     assert chosen("torch", combine_dtype="float32") == AllGather("ep", "float32")
     assert chosen("alltoall") == AllToAll("ep")
+
+
+SIZES = {"n_routed_experts": 4, "n_activated_experts": 2, "dim": 8, "moe_inter_dim": 6, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("module", [GroupedExperts, GroupedExpertsDeepEP])
+def test_modules_told_what_of_an_overflow_that_cannot_be_refuse_when_built(module):
+    backend = BackendConfig(experts="loop", dispatcher_on_overflow="count")
+    with pytest.raises(ConfigError, match="dispatcher_on_overflow='count'\nfound: no dispatcher_bound"):
+        module(MoEConfig(**SIZES), backend, rngs=nnx.Rngs(0))
+
+
+def test_modules_with_a_bound_on_one_rank_refuse_as_soon_as_that_is_known():
+    backend, words = BackendConfig(experts="loop", dispatcher_bound=4), "dispatcher_bound=4 on one rank\nfound: nothing"
+    one = jax.make_mesh((1,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ConfigError, match=words):
+        GroupedExperts(MoEConfig(**SIZES), backend, mesh=one, rngs=nnx.Rngs(0))
+    module = GroupedExpertsDeepEP(MoEConfig(**SIZES), backend, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=words):
+        module.init_token_dispatcher(one)
+    module = GroupedExperts(MoEConfig(**SIZES), backend, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=words):
+        module(jnp.ones((2, 8)), jnp.ones(2, bool), jnp.ones((2, 2)), jnp.zeros((2, 2), jnp.int32))

@@ -37,11 +37,11 @@ import jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 from moebius.core import BackendConfig, MoEConfig
-from moebius.jax_frontend import GroupedExperts, liveness, preflight
+from moebius.jax_frontend import GroupedExperts, liveness, preflight, shard_experts
 
 mesh = jax.make_mesh((2,), ("ep",), axis_types=(AxisType.Auto,))
 
-def layer(dispatcher="alltoall", **fields):
+def layer(dispatcher="alltoall", mesh=mesh, **fields):
     own = {name: fields.pop(name) for name in ("combine_dtype", "dispatcher_bound") if name in fields}
     sizes = {"dim": 4, "moe_inter_dim": 6, "n_routed_experts": 4, "n_activated_experts": 2, "dtype": "float32"}
     config = MoEConfig(inter_dim=8, n_shared_experts=0, **sizes | fields)
@@ -75,6 +75,10 @@ for name, layers in json.loads(sys.argv[5]).items():
     found["unlike"][name] = [said(how(layers[place])) for _ in range(turns)]
     preflight._versions = versions
     liveness.close()
+
+whole = layer("local", mesh=None, dim=4 + 4 * place)
+found["refused"] = said(lambda: shard_experts(whole, mesh)), whole.ep_mesh is None, call(whole).shape[1]
+liveness.close()
 
 # The first process has given up when the second comes.
 os.environ["MOEBIUS_PREFLIGHT"] = os.environ["LATE"]
@@ -249,6 +253,13 @@ def test_processes_that_differ_get_the_same_error_which_names_process_layer_and_
     (text,) = {error[1] for error in errors}
     assert all(words in text for words in WORDS[name]), text
     assert text.startswith("asked: 2 processes that are set up alike\n") and "MOEBIUS_PREFLIGHT=off" in text
+
+
+def test_experts_that_could_not_be_spread_are_as_they_were() -> None:
+    for place, found in enumerate(_found()):
+        error, not_spread, width = found["refused"]
+        assert error[0] == "ConfigError" and "layer 0: D is 4 on process 0, 8 on process 1" in error[1]
+        assert not_spread and width == 4 + 4 * place
 
 
 def test_a_process_that_comes_too_late_is_named_by_both() -> None:

@@ -118,6 +118,28 @@ def test_modules_without_a_dispatcher_that_serves_say_so_on_every_rank() -> None
         assert "'deepep'" in said["deepep"] and "'deepep'" in said["buffer"]
 
 
+def buffered() -> dict[str, Any]:
+    """On one rank: what `_init_deepep_buffer` leaves, called once, again, and for one rank."""
+    from moebius.torch_frontend import liveness
+
+    p = settled(5)
+    group, alone = dist.new_group([0, 1]), [dist.new_group([rank]) for rank in (0, 1)][dist.get_rank()]
+    module = GroupedExpertsDeepEP(p.config, BackendConfig(experts="torch"), "alltoall")
+    found: dict[str, Any] = {}
+    for name, ranks_ in [("once", group), ("again", group), ("alone", alone)]:
+        module._init_deepep_buffer(ranks_)
+        here = liveness.known(group)
+        open_ = 0 if here is None else len(here.dispatchers)
+        found[name] = type(module.token_dispatcher).__name__, module.ep_size, module.ep_rank, open_
+    return found
+
+
+def test_init_deepep_buffer_builds_the_dispatcher_that_was_named_and_closes_the_one_before() -> None:
+    for rank, found in enumerate(ranks.run(buffered, 2)):
+        assert found["once"] == found["again"] == ("AllToAll", 2, rank, 1)
+        assert found["alone"] == ("Local", 1, 0, 0)
+
+
 # -------------------------------------------------------------------------------------------------- DTensors in and out
 def stated() -> dict[str, Any]:
     """On one rank of two: what GroupedExpertsTE gives and takes."""

@@ -1,4 +1,4 @@
-"""The libraries' dispatchers by themselves: what they call and when, which buffers they make, and what they refuse.
+"""The libraries' dispatchers by themselves: what they call and when, and what they refuse.
 
 Against stand-ins over gloo; one spawn of two ranks.
 """
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from trips import D, E, K, said, there_and_back, tokens
 
-from moebius.core import BackendConfig, MoEConfig, MoEError
+from moebius.core import BackendConfig, MoEConfig
 from moebius.torch_frontend import MoE, load_parameters, shard_experts
 
-D, E, K = 32, 8, 2
 DEEPEP_FORWARD = ["get_dispatch_layout", "dispatch", "combine"]
 
 
@@ -36,19 +36,6 @@ class _Noted(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         ctx.log.append(("its gradient computed", {}))
         return dy.clone(), None
-
-
-def _tokens(n: int = 3, dim: int = D, k: int = K, grad: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weights, ids and mask."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    x = torch.randn(n, dim, generator=generator).bfloat16().requires_grad_(grad)
-    weights = torch.rand(n, k, generator=generator).requires_grad_(grad)
-    return x, weights, torch.randint(0, E, (n, k), generator=generator), torch.ones(n, dtype=torch.bool)
-
-
-def _round(dispatcher: Any, tokens: Any, n_experts: int = E) -> Tensor:
-    sent, state = dispatcher.dispatch(*tokens, n_experts)
-    return dispatcher.combine(sent.x_SD.float() * sent.weights_SK.sum(1, keepdim=True), state)
 
 
 def _names(calls: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -71,7 +58,7 @@ def _calls() -> dict[str, tuple[list[str], list[str]]]:
         dim = 256 if name == "deepep_elastic" else D
         dispatcher = made(name, dim, E, K, **options)
         CALLS.clear()
-        y = _round(dispatcher, _tokens(dim=dim))
+        y = there_and_back(dispatcher, tokens(dim=dim))
         if name == "deepep":
             found[f"{name} {options} rows"] = [told["worst"] for call, told in CALLS if call == "Buffer.dispatch"]
         forward = _names(CALLS)
@@ -88,10 +75,10 @@ def _overlap() -> list[str]:
     from moebius.torch_frontend.dispatch import During
 
     dispatcher, shared = made("deepep", D, E, K, asynchronous=True), []
-    tokens = _tokens()
-    during = During(dispatcher, lambda: shared.append(_Noted.apply(tokens[0], CALLS)))
+    own = tokens()
+    during = During(dispatcher, lambda: shared.append(_Noted.apply(own[0], CALLS)))
     CALLS.clear()
-    y = _round(during, tokens) + shared[0]
+    y = there_and_back(during, own) + shared[0]
     y.sum().backward()
     found = _names(CALLS)
     dispatcher.close()
@@ -115,7 +102,7 @@ def _layers() -> dict[str, Any]:
         values = {name: value.detach().clone() for name, value in layer.named_parameters()}
         layer.shared_experts.register_forward_hook(lambda *_: CALLS.append(("shared", {})))
         shard_experts(layer.experts, mesh)
-        x, *_ = _tokens(6)
+        x, *_ = tokens(6)
         CALLS.clear()
         y = layer(x)
         order = _names(CALLS)
@@ -123,61 +110,8 @@ def _layers() -> dict[str, Any]:
         grads = {name: value.grad for name, value in layer.named_parameters()}
         grads = {name: getattr(grad, "to_local", lambda grad=grad: grad)() for name, grad in grads.items()}
         found[overlaps] = order, {"y": y.detach(), "dx": x.grad, **grads}
-        layer.experts._over_ranks[1].close()
+        layer.experts.close()
     return found
-
-
-def _buffers() -> dict[str, Any]:
-    """How many buffers are made and left, of what sizes, and what is handed to them."""
-    from fakes.deep_ep import BUFFERS, made
-
-    found: dict[str, Any] = {}
-    BUFFERS.clear()
-    small = made("deepep", D, E, K)
-    again = made("deepep", D, 2 * E, 1, num_sms=20)
-    found["shared"] = len(BUFFERS)
-    alone = made("deepep", D, E, K, share=False)
-    found["not shared"] = len(BUFFERS)
-    tokens = _tokens()
-    under_way = small.begin(*tokens, E)
-    wide = made("deepep", 4 * D, E, K)
-    found["larger"] = len(BUFFERS), BUFFERS[-1].num_nvl_bytes > BUFFERS[0].num_nvl_bytes
-    # What set off in the small buffer comes home in it.
-    sent, state = small.end(under_way)
-    y = small.combine(sent.x_SD.float() * sent.weights_SK.sum(1, keepdim=True), state)
-    y.sum().backward()
-    before, tokens = (y.detach(), tokens[0].grad), _tokens()
-    y = _round(small, tokens)
-    y.sum().backward()
-    found["came home"] = torch.equal(y.detach(), before[0]) and torch.equal(tokens[0].grad, before[1])
-    found["eager"] = len(BUFFERS)  # none was made by a call
-    y = _round(wide, _tokens(dim=4 * D))
-    for dispatcher in (small, again, wide, wide, alone):
-        dispatcher.close()
-        found.setdefault("destroyed", []).append(sum(buffer.destroyed for buffer in BUFFERS))
-    found["used after close"] = _said(lambda: _round(small, _tokens()))
-    found["backward after close"] = _said(lambda: y.sum().backward())
-
-    # Longer than any before: a larger one, alike on both ranks; the number of tokens is padded to the longest's.
-    from fakes.deep_ep import CALLS
-
-    hybrid = made("hybridep", 16, E, K)
-    CALLS.clear()
-    _round(hybrid, _tokens(4100 if dist.get_rank() else 2, dim=16)).sum().backward()
-    _round(hybrid, _tokens(2, dim=16))
-    made_for = [buffer.most for buffer in BUFFERS if hasattr(buffer, "held")]
-    called = [(told["tokens"], told["routes"]) for name, told in CALLS if "routes" in told]
-    found["hybrid"] = made_for, called
-    hybrid.close()
-    return found
-
-
-def _said(call: Any) -> str:
-    try:
-        call()
-    except MoEError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def _refusals() -> dict[str, str]:
@@ -185,16 +119,16 @@ def _refusals() -> dict[str, str]:
     from fakes.deep_ep import made
 
     dispatcher, other, still = made("deepep", D, E, K), made("deepep", D, E, K), made("deepep", D, E, K, max_tokens=2)
-    x, weights, ids, mask = _tokens()
+    x, weights, ids, mask = tokens()
     sent, state = dispatcher.dispatch(x, weights, ids, mask, E)
     calls = {
-        "float32": lambda: _round(dispatcher, (x.float(), weights, ids, mask)),
+        "float32": lambda: there_and_back(dispatcher, (x.float(), weights, ids, mask)),
         "experts": lambda: dispatcher.dispatch(x, weights, ids, mask, 7),
         "many experts": lambda: dispatcher.dispatch(x, weights, ids, mask, 1024),
-        "wide": lambda: _round(dispatcher, _tokens(dim=2 * D)),
-        "odd": lambda: _round(dispatcher, _tokens(dim=24)),
-        "k": lambda: _round(dispatcher, _tokens(k=33)),
-        "long": lambda: _round(still, (x, weights, ids, mask)),
+        "wide": lambda: there_and_back(dispatcher, tokens(dim=2 * D)),
+        "odd": lambda: there_and_back(dispatcher, tokens(dim=24)),
+        "k": lambda: there_and_back(dispatcher, tokens(k=33)),
+        "long": lambda: there_and_back(still, (x, weights, ids, mask)),
         "other": lambda: other.combine(sent.x_SD, state),
         "rows": lambda: dispatcher.combine(sent.x_SD[1:], state),
         "combine_dtype": lambda: made("deepep", D, E, K, "float32"),
@@ -204,7 +138,7 @@ def _refusals() -> dict[str, str]:
         "elastic": lambda: made("deepep_elastic", 640, E, K),
         "hybrid": lambda: made("hybridep", D, 6, K),
     }
-    found = {name: _said(call) for name, call in calls.items()}
+    found = {name: said(call) for name, call in calls.items()}
     y = dispatcher.combine(sent.x_SD.float(), state)
     y.sum().backward()
     found["goes on"] = str(bool(torch.isfinite(x.grad).all()))
@@ -220,11 +154,11 @@ def _some_need_no_gradient() -> bool:
     found = []
     for name in ("deepep", "hybridep"):
         dispatcher = made(name, D, E, K)
-        tokens = _tokens(grad=dist.get_rank() == 1)
-        _round(dispatcher, tokens).sum().backward()
-        found.append((tokens[0].grad is not None) == (dist.get_rank() == 1))
+        own = tokens(grad=dist.get_rank() == 1)
+        there_and_back(dispatcher, own).sum().backward()
+        found.append((own[0].grad is not None) == (dist.get_rank() == 1))
         with torch.no_grad():
-            found.append(not _round(dispatcher, _tokens()).requires_grad)
+            found.append(not there_and_back(dispatcher, tokens()).requires_grad)
         dispatcher.close()
     return all(found)
 
@@ -235,7 +169,7 @@ def _bites() -> dict[str, bool]:
 
     group, config = dist.group.WORLD, Config(20, 24, 256, 6, 128)
     buffer = Buffer(group, config.get_nvl_buffer_size_hint(2 * D, 2), explicitly_destroy=True)
-    x, weights, ids, _ = (value.detach() for value in _tokens())
+    x, weights, ids, _ = (value.detach() for value in tokens())
     ranks_, _, experts_, goes, _ = buffer.get_dispatch_layout(ids, E)
     layout = {"num_tokens_per_rank": ranks_, "num_tokens_per_expert": experts_, "is_token_in_rank": goes}
     top = {"topk_idx": ids, "topk_weights": weights, "config": config}
@@ -280,7 +214,7 @@ def _facts() -> dict[str, Any]:
     from fakes import deep_ep
 
     deep_ep.ready()
-    facts = (_calls, _overlap, _layers, _buffers, _refusals, _some_need_no_gradient, _bites)
+    facts = (_calls, _overlap, _layers, _refusals, _some_need_no_gradient, _bites)
     return {fact.__name__: fact() for fact in facts}
 
 
@@ -324,28 +258,6 @@ def test_moe_with_async_dispatch_computes_shared_experts_while_tokens_travel() -
         assert found[True][0] == ["get_dispatch_layout", "dispatch", "shared", "waited", "combine", "waited"]
         for name, value in found[False][1].items():
             torch.testing.assert_close(found[True][1][name], value, rtol=0, atol=0, msg=name)
-
-
-def test_layers_share_a_buffer_that_a_wider_one_replaces_and_none_is_made_by_a_call() -> None:
-    for found in _of("_buffers"):
-        assert (found["shared"], found["not shared"], found["larger"], found["eager"]) == (1, 2, (3, True), 3)
-        assert found["came home"]
-
-
-def test_close_of_the_last_holder_destroys_the_buffers() -> None:
-    for found in _of("_buffers"):
-        assert found["destroyed"] == [0, 0, 2, 2, 3]
-        assert "found: it was closed\ndo: build the dispatcher again" in found["used after close"]
-        assert "do: close dispatchers after the last backward pass" in found["backward after close"]
-
-
-def test_hybridep_pads_to_the_longest_rank_and_grows_with_it() -> None:
-    for rank, found in enumerate(_of("_buffers")):
-        tokens = [2, 4100][rank]
-        assert found["hybrid"][0] == [4096, 8192]
-        # Once out, once for the gradients; what pads goes nowhere. A token may name an expert twice.
-        (first, routes), again, (last, more) = found["hybrid"][1]
-        assert (first, again, last) == (4160, (4160, 0), 64) and tokens <= routes <= K * tokens and 2 <= more <= K * 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from moebius.core import RankLost
 from moebius.core.config import BackendConfig, MoEConfig
 from moebius.core.liveness import MARGIN
+from moebius.core.liveness import SETTING as HEARTBEAT
 from moebius.torch_frontend import liveness
 from moebius.torch_frontend.grouped_experts import GroupedExpertsDeepEP
 from moebius.torch_frontend.preflight import name_layers
@@ -116,6 +118,25 @@ def _of_groups(dead: int) -> str:
     return "done" if rank else _until_told()
 
 
+def _leaves(how: str) -> str:
+    """Rank 1 leaves by itself; rank 0 goes on, and as on a GPU does not know whether its collectives are done."""
+    from moebius.torch_frontend.dispatch_alltoall import AllToAll
+
+    dispatcher, x, ids = AllToAll(), torch.ones(2, 3), torch.tensor([[0], [1]])
+    sent, state = dispatcher.dispatch(x, torch.ones(2, 1), ids, torch.ones(2, dtype=torch.bool), 2)
+    dispatcher.combine(sent.x_SD, state)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        liveness.peers(None).watch.asynchronous = True
+        time.sleep((MARGIN + 6) * BEAT)
+        return "done"
+    held = dist.group.WORLD if how == "destroyed and held" else None
+    time.sleep(2 * BEAT)
+    (liveness.close if how == "closed" else dist.destroy_process_group)()
+    time.sleep((MARGIN + 4) * BEAT)
+    return f"done {held}".split()[0]
+
+
 def _until_told() -> str:
     time.sleep((MARGIN + 3) * BEAT)
     return "done"
@@ -133,6 +154,9 @@ CASES: dict[str, tuple[Any, ...]] = {
     "asleep": (_fault, 2, ("alltoall", "forward", 1, "asleep"), 3.0),
     "start": (_fault, 2, ("allgather", "start", 1, "killed"), 20.0),
     "groups": (_of_groups, 4, (3,), 20.0),
+    "closed": (_leaves, 2, ("closed",), 20.0),
+    "destroyed": (_leaves, 2, ("destroyed",), 20.0),
+    "destroyed and held": (_leaves, 2, ("destroyed and held",), 20.0),
 }
 ENVIRONMENT = {
     "start": {"MOEBIUS_PREFLIGHT": "off"},
@@ -232,6 +256,13 @@ def test_a_rank_that_waits_leaves_the_record_in_its_log_before_the_groups_timeou
 
 def test_the_error_of_the_collective_itself_is_kept_as_the_cause() -> None:
     assert "gloo" in _ends("exit")[0].text and "the direct cause of the following exception" in _ends("exit")[0].text
+
+
+@pytest.mark.parametrize("how", ["closed", "destroyed", "destroyed and held"])
+def test_a_rank_that_closes_or_destroys_its_group_is_not_missed_by_one_that_goes_on(how: str) -> None:
+    ends = _ends(how)
+    assert [end.value for end in ends] == ["done", "done"], [end.text for end in ends]
+    assert not any("missing" in end.stderr or "waits since" in end.stderr for end in ends), ends[0].stderr
 
 
 # ------------------------------------------------------------------------------------------------- where nobody is lost
@@ -405,3 +436,56 @@ def test_the_interpreter_exits_at_once_with_a_dispatcher_that_nobody_closed() ->
             process.kill()
     assert [process.returncode for process in started] == [0, 3], stderr
     assert not any("Fatal" in text or "terminate" in text for text in stderr), stderr
+
+
+def test_prefix_of_a_group_is_that_of_its_other_ranks_whatever_else_a_rank_was_in(monkeypatch: Any) -> None:
+    """A name is used again once its group was destroyed, in the same store; here by ranks of whom one is new."""
+
+    def of_a_process(*groups: tuple[int, ...]) -> list[str]:
+        monkeypatch.setattr(liveness, "_COUNTS", Counter())
+        return [liveness._prefix("1", ranks) for ranks in groups]
+
+    *_, here, again = of_a_process((0, 1), (0, 1, 2), (0, 1, 2))
+    assert of_a_process((0, 1, 2), (0, 1, 2)) == [here, again]
+    assert len({here, again, *of_a_process((0, 1), (0, 1))}) == 4
+
+
+ENDS = """
+import os, sys, time, torch
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2], RANK=sys.argv[1], WORLD_SIZE="2")
+torch.set_num_threads(1)
+import torch.distributed as dist
+dist.init_process_group("gloo")
+from moebius.torch_frontend import liveness
+from moebius.torch_frontend.dispatch_alltoall import AllToAll
+dispatcher = AllToAll()
+x = torch.ones(2, 3)
+sent, state = dispatcher.dispatch(x, torch.ones(2, 1), torch.tensor([[0], [1]]), torch.ones(2, dtype=torch.bool), 2)
+dispatcher.combine(sent.x_SD, state)
+dist.barrier()
+time.sleep(0.5)
+if sys.argv[1] == "1":
+    assert sys.argv[3] == "by itself"
+else:
+    liveness.peers(None).watch.asynchronous = True
+    time.sleep(3.0)
+"""
+
+
+@pytest.mark.parametrize("how, missed", [("by itself", False), ("by an error", True)])
+def test_a_process_that_ends_is_missed_by_one_that_goes_on_where_it_ends_by_an_error(how: str, missed: bool) -> None:
+    port = str(faults._port())
+    command = [sys.executable, "-W", "ignore", "-c", ENDS]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), port, how], stderr=subprocess.PIPE, text=True, env=os.environ | {HEARTBEAT: "0.2"}
+        )
+        for rank in range(2)
+    ]
+    try:
+        stderr = [process.communicate(timeout=60)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, int(missed)], stderr
+    assert ("missing: rank 1 (no sign of life for" in stderr[0]) == ("missing" in stderr[0]) == missed, stderr[0]

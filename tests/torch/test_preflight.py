@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moebius.core import ConfigError, RankLost
 from moebius.core.config import BackendConfig, MoEConfig
-from moebius.torch_frontend import liveness, preflight
+from moebius.torch_frontend import dispatch_choice, liveness, preflight
 from moebius.torch_frontend.grouped_experts import GroupedExperts, GroupedExpertsDeepEP
 
 SIZES: dict[str, Any] = {"dim": 4, "moe_inter_dim": 8, "n_routed_experts": 4, "n_activated_experts": 2}
@@ -62,6 +62,7 @@ UNLIKE: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "order": ([{}, {"dim": 8}], [{"dim": 8}, {}]),
     "missing": ([{}, {}], [{}]),
     "version": ([{}], [{}]),
+    "gradients": ([{"dispatcher": "allgather", "dispatcher_max_tokens": 8}],) * 2,
     "named": ([{}], [{"dim": 8}]),
 }
 WORDS = {
@@ -78,6 +79,7 @@ WORDS = {
     "order": ["layer 0: D is 4 on rank 0, 8 on rank 1", "layer 1: D is 8 on rank 0, 4 on rank 1"],
     "missing": ["layers is 2 on rank 0, 1 on rank 1"],
     "version": [f"torch is {torch.__version__} on rank 0, 9.9.9 on rank 1"],
+    "gradients": ["found: gradients is enabled on rank 0, disabled on rank 1\n"],
     "named": ["layer 0 (blocks.0): D is 4 on rank 0, 8 on rank 1"],
     "added": ["found: layer 1: D is 4 on rank 0, 8 on rank 1\n"],
     "closed": ["found: layer 0: D is 4 on rank 0, 8 on rank 1\n"],
@@ -94,6 +96,8 @@ def _mesh() -> Any:
 def _unlike() -> dict[str, Any]:
     os.environ.update(MOEBIUS_PREFLIGHT="30")
     rank, found, versions = dist.get_rank(), {}, preflight._versions
+    found["one more choice"] = _one_more_choice(rank)
+    dispatch_choice.exchange = lambda what, value, *_: [value]  # or that would find most of it
     for name, layers in UNLIKE.items():
         mesh = _mesh()
         model = torch.nn.Module()
@@ -105,12 +109,24 @@ def _unlike() -> dict[str, Any]:
         found[name] = []
         for _ in range(2):  # whoever goes on is told again
             try:
-                _called(model.blocks[0])
+                with torch.set_grad_enabled(name != "gradients" or rank == 0):
+                    _called(model.blocks[0])
             except Exception as error:
                 found[name].append(error)
         preflight._versions = versions
         liveness.close(mesh.get_group())
     return found | _unlike_later(rank)
+
+
+def _one_more_choice(rank: int) -> str:
+    """Two layers of one kind; on rank 1 the second is of another, so that the ranks are not alike in what they do."""
+    mesh = _mesh()
+    try:
+        layers = [_layer(mesh), _layer(mesh, ("alltoall", "allgather")[rank])]
+        _called(layers[0])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def _unlike_later(rank: int) -> dict[str, list[Exception]]:
@@ -189,7 +205,9 @@ def _alike() -> dict[str, Any]:
     found["off"] = counted.calls
 
     os.environ["MOEBIUS_PREFLIGHT"] = "30"
-    found["exchanged"] = [preflight.exchange({"rank": dist.get_rank(), "turn": turn}, None) for turn in range(2)]
+    found["exchanged"] = [
+        preflight.exchange("says who it is", {"rank": dist.get_rank(), "turn": turn}, None) for turn in range(2)
+    ]
     found["facts"] = preflight.facts(layers[0])
     return found
 
@@ -236,16 +254,23 @@ def _facts() -> list[dict[str, Any]]:
     return found
 
 
+def test_ranks_of_which_one_chooses_a_dispatcher_while_another_calls_its_layers_are_told_so() -> None:
+    (text,) = {rank["one more choice"] for rank in _errors()}
+    assert text.startswith("ConfigError: asked: 2 ranks that do the same\nfound: rank 0: compares its layers")
+    assert "; rank 1: chooses the dispatcher of a layer: allgather\ndo: build the same layers in" in text
+
+
 def test_ranks_that_are_alike_are_compared_once_and_again_where_a_layer_was_added() -> None:
     for facts in _facts():
         built, first, *rest, added, again, last = facts["calls"]
-        assert built == 0 < first and rest == [first] * 3
+        assert 0 < built < first and rest == [first] * 3
         assert first < added == again == last
-        assert (facts["compared"], facts["rounds"]) == (3, 2)
+        # Of the rounds two chose dispatchers, for two kinds of layers.
+        assert (facts["compared"], facts["rounds"]) == (3, 4)
 
 
 def test_a_layer_that_was_spread_by_other_means_is_compared_at_its_first_call() -> None:
-    assert [facts["late"] for facts in _facts()] == [(4, 3)] * 2
+    assert [facts["late"] for facts in _facts()] == [(4, 5)] * 2
 
 
 def test_ranks_are_not_compared_where_it_is_switched_off() -> None:

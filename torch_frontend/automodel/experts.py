@@ -166,14 +166,17 @@ class GroupedExpertsDeepEP(_Documented, ExpertsDeepEP):
         self._describe()
 
     def _init_deepep_buffer(self, ep_group: Any) -> None:
-        """Make DeepEP's buffers for `ep_group` now: made in a forward pass, activation checkpointing would hold them.
+        """Build the dispatcher over `ep_group` now, and with it the buffers of a library.
+
+        Made in a forward pass, activation checkpointing would hold them. It is the one of `dispatcher_backend`, and
+        takes the place of one that was there; on one rank nothing is built. Parameters stay where they are.
 
         Args:
             ep_group: torch.distributed process group of the ranks that share the experts.
         Raises:
-            BackendUnavailable, Unsupported: DeepEP is not here, or does not serve so many ranks.
+            BackendUnavailable, Unsupported: the library is not here, or does not serve so many ranks.
         """
-        self.token_dispatcher = self._built("deepep", ep_group)
+        self._take(self._built(self.dispatcher_backend, ep_group) if ep_group.size() > 1 else Local())
 
 
 def _sent(
