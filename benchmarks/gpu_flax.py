@@ -43,6 +43,7 @@ ROWS = {
         gathers=True,
     ),
     "jax_ragged_dot": row("JAX composite, lax.ragged_dot", "peer", "composite_jax", product="ragged_dot"),
+    "triton": row("Flax triton", "ours", "ours_jax", backend="triton"),
     "torch_triton": row("PyTorch triton", "torch", "ours", experts="triton"),
     "torch_grouped_mm": row("PyTorch grouped_mm", "torch", "ours", experts="grouped_mm"),
     "torch_te": row("PyTorch te", "torch", "ours", experts="te"),

@@ -54,7 +54,7 @@ class Weights(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the forward pass keeps for the backward pass; the pre-activation with its bias.
+    """What the forward pass keeps for the backward pass; the pre-activation with its bias (without in lean_kernels.py).
 
     Attributes:
         hidden_RU: None with remat "full". act_RI: None but with remat "none".
@@ -111,6 +111,10 @@ def lean(
 
 def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weights, how: How) -> tuple[Array, Kept]:
     """(y_SD, what `backward` needs)."""
+    if how.up_backend == how.down_backend == "triton":
+        from moebius.jax_frontend import lean_kernels
+
+        return lean_kernels.forward(x_SD, weights_SK, ids_SK, w, how)
     sent = Sent(x_SD, weights_SK, ids_SK)
     _, row_weights_R, group_sizes_e, row_experts_R, state = sort_routes(sent, w.down_eID.shape[0])
     rows_RD = _gather_rows(x_SD, state)
@@ -136,6 +140,10 @@ def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weig
 
 def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tuple[Array, Array, Weights]:
     """Gradients of (x, weights, parameters); under jit XLA drops those that nobody reads."""
+    if how.up_backend == how.down_backend == "triton":
+        from moebius.jax_frontend import lean_kernels
+
+        return lean_kernels.backward(dy_SD, kept, w, how)
     # Behind a barrier, or XLA would find the forward pass' rows and activation equal to these, and keep them.
     dy_SD, kept = lax.optimization_barrier((dy_SD, kept))
     x_SD, hidden_RU, act_RI, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R, row_experts_R = kept

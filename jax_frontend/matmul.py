@@ -22,6 +22,7 @@ from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 
 from moebius.core import checks
+from moebius.core.kernels import plan
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.jax_frontend.checks import check_group_sizes
 from moebius.jax_frontend.operators import bilinear, call, contract
@@ -248,6 +249,14 @@ def _load_te() -> Kernels:
     return Kernels(backend.product, backend.weight_gradient, devices=True, raw=raw)
 
 
+def _load_triton() -> Kernels:
+    from moebius.jax_frontend import launch
+    from moebius.jax_frontend import matmul_triton as backend
+
+    launch.load()
+    return Kernels(backend.product, backend.weight_gradient, raw=(backend.raw_product, backend.weight_gradient))
+
+
 def _te_says() -> str:
     from moebius.jax_frontend.matmul_te import described
 
@@ -308,4 +317,12 @@ BACKENDS.add(
     note="Transformer Engine's grouped GEMM; FP8 inside its autocast; reads sizes on the host before cuBLAS 13.8.1",
     says=_te_says,
 )
-BACKENDS.add_unbuilt("triton")
+BACKENDS.add(
+    name="triton",
+    load=_load_triton,
+    needs=("jax_triton", "triton"),
+    install="pip install 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later",
+    supports=plan.against,
+    only_when_named=True,
+    note="moebius' own kernels for Hopper, in bfloat16 and float16, for every step: the bits of the PyTorch frontend's",
+)

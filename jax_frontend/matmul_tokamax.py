@@ -12,7 +12,6 @@ Source: ops/ragged_dot of tokamax 0.0.17.
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -180,7 +179,7 @@ def load() -> Any:
     for package in OLDEST:
         check_version(package, version(package))  # of its metadata: before triton is changed for what it imports
     older_triton.name_tf32()
-    check_jax_triton()
+    older_triton.check_jax_triton()
     older_triton.unpack_strides()
     return import_module("tokamax.ops.gpu")
 
@@ -198,20 +197,4 @@ def check_version(package: str, found: str) -> None:
             "tokamax's grouped matmul",
             f"{package} {found}, {wrong}, not {oldest} or newer",
             f"pip install '{package}>={oldest}', which needs Python 3.12 and jax 0.11.1 or later",
-        )
-
-
-def check_jax_triton() -> None:
-    """jax-triton has its NVIDIA half.
-
-    Raises:
-        BackendUnavailable: it was imported before `older_triton.name_tf32`.
-    """
-    import_module("jax_triton")
-    compiler = import_module("triton.backends.nvidia.compiler")
-    if getattr(sys.modules.get("jax_triton.triton_lib"), "cb", compiler) is not compiler:
-        raise BackendUnavailable(
-            "jax-triton's NVIDIA kernels",
-            "jax_triton was imported first, and replaced its NVIDIA half by stubs: this triton lacks TMA_TF32",
-            "install triton>=3.7, or import moebius' tokamax backend (one call on a GPU) before jax_triton",
         )

@@ -1,13 +1,18 @@
-"""What tokamax 0.0.17 and jax-triton 0.4.1 expect of Triton and its release 3.6, which comes with torch 2.11, lacks.
+"""What lies between jax-triton 0.4.1, tokamax 0.0.17, Triton 3.6, which comes with torch 2.11, and moebius' kernels.
 
-Both are written for Triton 3.7. Without these two their kernels fail on 3.6; on a newer Triton nothing is changed.
+The first two are written for Triton 3.7: without `name_tf32` and `unpack_strides` their kernels fail on 3.6; on a newer
+Triton nothing is changed. `take_gluon` is for every Triton.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+
+from moebius.core.errors import BackendUnavailable
 
 
 def name_tf32() -> None:
@@ -41,3 +46,72 @@ def unpack_strides() -> None:
 
     module: Any = import_module("tokamax._src.ops.ragged_dot.triton")
     module.jt = SimpleNamespace(triton_call=triton_call, strides_from_shape=jax_triton.strides_from_shape)
+
+
+def check_jax_triton() -> None:
+    """jax-triton has its NVIDIA half.
+
+    Raises:
+        BackendUnavailable: it was imported before `name_tf32`.
+    """
+    import_module("jax_triton")
+    compiler = import_module("triton.backends.nvidia.compiler")
+    if getattr(sys.modules.get("jax_triton.triton_lib"), "cb", compiler) is not compiler:
+        raise BackendUnavailable(
+            "jax-triton's NVIDIA kernels",
+            "jax_triton was imported first, and replaced its NVIDIA half by stubs: this triton lacks TMA_TF32",
+            "install triton>=3.7, or import moebius' backend (one call on a GPU) before jax_triton",
+        )
+
+
+def take_gluon() -> None:
+    """Have jax-triton compile and launch kernels written in Gluon as Triton itself does.
+
+    It hands them to the compiler as if Triton had laid them out, which lays some of it out anew, and launches as many
+    warps as their first task has. Kernels of Triton are compiled and launched as before.
+    """
+    library: Any = import_module("jax_triton.triton_lib")
+    if isinstance(library.triton_kernel_call_lib, _Counting):
+        return
+    library.triton_kernel_call_lib = _Counting(library.triton_kernel_call_lib)
+    compiled = library.compile_ttir_to_ptx_inplace
+
+    def compile_either(module: Any, backend: Any, *rest: Any) -> Any:
+        # What Gluon made says from the first how many warps it is for.
+        return compiled(module, backend if module.get_int_attr("ttg.num-warps") is None else _Gluon(backend), *rest)
+
+    library.compile_ttir_to_ptx_inplace = compile_either
+
+
+class _Gluon:
+    """Triton's compiler for NVIDIA, whose first two stages are Gluon's one."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def make_ttir(self, module: Any, *_: Any) -> Any:
+        return module
+
+    def make_ttgir(self, module: Any, metadata: dict[str, Any], *rest: Any) -> Any:
+        made = self._backend.gluon_to_ttgir(module, metadata, *rest)
+        for described in metadata.get("tensordesc_meta") or ():
+            described.setdefault("is_im2col", False)  # Triton 3.6 has no others, and does not say so
+        return made
+
+
+class _Counting:
+    """jax-triton's module of kernel calls, with a TritonKernel that asks the code how many threads it is for."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def TritonKernel(self, name: str, num_warps: int, num_ctas: int, shared: int, code: str, *rest: Any) -> Any:
+        threads = re.search(r"\.reqntid (\d+)", code)  # of PTX; AMD's code is a path
+        num_warps = int(threads[1]) // 32 if threads else num_warps
+        return self._module.TritonKernel(name, num_warps, num_ctas, shared, code, *rest)

@@ -77,6 +77,28 @@ def bilinear(
     return operator
 
 
+def opaque(name: str, compute: Callable[..., list[Array]], *, static: Sequence[str]) -> Primitive:
+    """A primitive without derivatives that returns a list; under vmap one element of the batch after the other.
+
+    Args:
+        name, compute, static: as of `bilinear`.
+    """
+    operator, compiled = Primitive(name), jax.jit(compute, static_argnames=tuple(static))
+    operator.multiple_results = True
+    operator.def_impl(compiled)
+    operator.def_abstract_eval(lambda *types, **params: _results(compiled, types, params))
+    mlir.register_lowering(operator, mlir.lower_fun(compiled, multiple_results=True))
+
+    def one_after_the_other(
+        operands: Sequence[Array], axes: Sequence[int | None], **params: Any
+    ) -> tuple[list[Array], list[int]]:
+        found = _each(lambda *here: operator.bind(*here, **params), operands, axes)
+        return found, [0] * len(found)
+
+    batching.primitive_batchers[operator] = one_after_the_other
+    return operator
+
+
 def call(operator: Primitive, *operands: Array, **params: Any) -> Array:
     """The operator's result; `params` are static and hashable."""
     out: Array = operator.bind(*alike(*operands), **params)
@@ -113,24 +135,34 @@ def contract(first: Array, second: Array, axes: Axes) -> Array:
 
 
 def _result(compiled: Callable[..., Array], types: Sequence[Any], params: dict[str, Any]) -> Any:
-    (found,) = jax.make_jaxpr(lambda *operands: compiled(*operands, **params))(*types).out_avals
+    (found,) = _results(compiled, types, params)
     return found
+
+
+def _results(compiled: Callable[..., Any], types: Sequence[Any], params: dict[str, Any]) -> Any:
+    return jax.make_jaxpr(lambda *operands: compiled(*operands, **params))(*types).out_avals
 
 
 def _in_turn(operator: Primitive) -> Batched:
     def one_after_the_other(operands: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Array, int]:
-        mapped = {
-            i: jnp.moveaxis(operand, axis, 0)
-            for i, (operand, axis) in enumerate(zip(operands, axes, strict=True))
-            if axis is not None
-        }
-
-        def one(here: dict[int, Array]) -> Array:
-            return call(operator, *[here.get(i, operand) for i, operand in enumerate(operands)], **params)
-
-        return lax.map(one, mapped), 0
+        found: Array = _each(lambda *here: call(operator, *here, **params), operands, axes)
+        return found, 0
 
     return one_after_the_other
+
+
+def _each(function: Callable[..., Any], operands: Sequence[Array], axes: Sequence[int | None]) -> Any:
+    """The function of each element of the batch, whose results are stacked along their first axis."""
+    mapped = {
+        i: jnp.moveaxis(operand, axis, 0)
+        for i, (operand, axis) in enumerate(zip(operands, axes, strict=True))
+        if axis is not None
+    }
+
+    def one(here: dict[int, Array]) -> Any:
+        return function(*[here.get(i, operand) for i, operand in enumerate(operands)])
+
+    return lax.map(one, mapped)
 
 
 def _run_contract(first: Array, second: Array, *, axes: Axes) -> Array:

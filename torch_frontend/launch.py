@@ -169,10 +169,10 @@ def sum_rows(
     values_RF, group_sizes_e = values_RF.contiguous(), group_sizes_e.contiguous()
     (n_rows, F), n_experts = values_RF.shape, len(group_sizes_e)
     sums_eF = torch.empty(n_experts, F, dtype=dtype or values_RF.dtype, device=values_RF.device)
-    parts_PF = torch.empty(plan.parts(n_rows, n_experts), F, dtype=torch.float64, device=values_RF.device)
+    parts_PG = _empty(group_sizes_e, plan.parts(n_rows, n_experts), 2 * F)
     sum_parts, join_parts = plan.sum_rows(n_rows, n_experts, F, row_weights_R is not None)
-    run(sum_parts, values_RF, group_sizes_e, *_given(values_RF, row_weights_R), parts_PF)
-    run(join_parts, parts_PF, group_sizes_e, sums_eF)
+    run(sum_parts, values_RF, group_sizes_e, *_given(values_RF, row_weights_R), parts_PG)
+    run(join_parts, parts_PG, group_sizes_e, sums_eF)
     return sums_eF
 
 

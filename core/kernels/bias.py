@@ -11,7 +11,7 @@ def sum_parts(
     values_RF: tl.tensor,
     group_sizes_e: tl.tensor,
     row_weights_R: tl.tensor,
-    parts_PF: tl.tensor,
+    parts_PG: tl.tensor,
     E: tl.constexpr,
     F: tl.constexpr,
     BINS: tl.constexpr,
@@ -48,12 +48,12 @@ def sum_parts(
             if WEIGHTED:
                 values = values * tl.load(row_weights_R + rows, mask=rows < end, other=0.0)[:, None]
             total += values.to(tl.float64)
-        tl.store(parts_PF + part.to(tl.int64) * F + cols, tl.sum(total, axis=0), mask=cols < F)
+        tl.store(_wide(parts_PG) + part.to(tl.int64) * F + cols, tl.sum(total, axis=0), mask=cols < F)
 
 
 @triton.jit
 def join_parts(
-    parts_PF: tl.tensor,
+    parts_PG: tl.tensor,
     group_sizes_e: tl.tensor,
     sums_eF: tl.tensor,
     E: tl.constexpr,
@@ -75,7 +75,7 @@ def join_parts(
     while first < end:
         rows = first + tl.arange(0, ROWS)
         inside = (rows < end)[:, None] & (cols < F)[None, :]
-        total += tl.load(parts_PF + rows.to(tl.int64)[:, None] * F + cols[None, :], mask=inside, other=0.0)
+        total += tl.load(_wide(parts_PG) + rows.to(tl.int64)[:, None] * F + cols[None, :], mask=inside, other=0.0)
         first += ROWS
     sums = _rounded(tl.sum(total, axis=0), sums_eF.dtype.element_ty)
     tl.store(sums_eF + expert.to(tl.int64) * F + cols, sums, mask=cols < F)
@@ -105,6 +105,12 @@ def dot_rows(
         bias = tl.load(bias_eF + experts.to(tl.int64)[:, None] * F + cols[None, :], mask=inside, other=0.0)
         total += values.to(tl.float32) * bias.to(tl.float32)
     tl.store(dots_R + rows, tl.sum(total, axis=1), mask=rows < R)
+
+
+@triton.jit
+def _wide(pairs: tl.tensor) -> tl.tensor:
+    """Memory for pairs of int32 as memory for float64, which JAX has only where it is switched on."""
+    return pairs.to(tl.pointer_type(tl.float64), bitcast=True)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from moebius.core.kernels.activate import activated, differentiated
-from moebius.core.kernels.hopper import copy_blocks, fetch, make_halves, make_ring, multiply_blocks, place
+from moebius.core.kernels.hopper import copy_blocks, fetch, make_halves, make_ring, multiply_blocks, place, view
 
 
 @gluon.jit
@@ -290,7 +290,7 @@ def _fetch_hidden(
 def _units(bufs: gl.shared_memory_descriptor, COUNT: gl.constexpr, ROWS: gl.constexpr) -> gl.shared_memory_descriptor:
     """Blocks as units of ROWS x 64: a block lies in panels of 64 columns, one after the other."""
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return bufs._reinterpret(bufs.dtype, [COUNT, ROWS, 64], flat)
+    return view(bufs, bufs.dtype, [COUNT, ROWS, 64], flat)
 
 
 @gluon.jit

@@ -13,12 +13,16 @@ Written in Gluon, Triton's explicit layer, for compute capability 9.0 alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-# As Triton 3.6 calls it, and as it does later.
+# As Triton 3.6 calls them, and as it does later.
 fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_buffer: Any = gl.shared_memory_descriptor
+view = getattr(_buffer, "reinterpret", None) or _buffer._reinterpret
 
 
 @gluon.jit
@@ -86,7 +90,7 @@ def copy_blocks(copied: gl.tuple, shape: gl.constexpr) -> None:
             mbarrier.expect(ready, rows_desc.block_type.nbytes * 2 + weight_desc.block_type.nbytes * 2)
             fetch(rows_desc, [row, deep], ready, rows_bufs.index(2 * at))
             fetch(rows_desc, [row + 64, deep], ready, rows_bufs.index(2 * at + 1))
-            weight = weight_bufs.index(at)._reinterpret(weight_desc.dtype, halves, weight_desc.layout)
+            weight = view(weight_bufs.index(at), weight_desc.dtype, halves, weight_desc.layout)
             if TRANSPOSED:
                 fetch(weight_desc, [expert, col, deep], ready, weight.index(0))
                 fetch(weight_desc, [expert, col + BETWEEN, deep], ready, weight.index(1))

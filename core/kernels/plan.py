@@ -31,6 +31,9 @@ class Launch:
     registers: int | None = None
     blocks: tuple[tuple[int, ...], ...] = ()
 
+    def __hash__(self) -> int:
+        return hash((self.kernel, self.programs, *self.constants.values()))
+
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""
         # No fused multiply-add: else a product's rounding would depend on what a variant of a kernel does with it, and

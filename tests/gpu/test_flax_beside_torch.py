@@ -63,7 +63,7 @@ def program(config: Any, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("backend", on_gpu.BACKENDS)
-@pytest.mark.parametrize("torch_backend", ["grouped_mm", "te"])
+@pytest.mark.parametrize("torch_backend", ["grouped_mm", "te", "triton"])
 def test_experts_of_both_frontends_on_shared_parameters_agree(torch_backend: str, backend: str) -> None:
     """Both on the memory of one PyTorch module; each near the reference, and as near to each other as both allow."""
     from moebius.compare.bridge import to_jax, to_torch
@@ -101,6 +101,8 @@ def test_experts_of_both_frontends_on_shared_parameters_agree(torch_backend: str
         apart = np.abs(one - other)
         assert np.linalg.norm(apart) <= 2 * limit.norm and apart.max() <= 2 * limit.largest, name
         assert own[name].dtype == theirs[name].dtype and own[name].shape == theirs[name].shape, name
+        if torch_backend == backend == "triton":
+            assert torch.equal(own[name], theirs[name]), name
 
 
 def test_both_frontends_take_turns_on_a_gpu_without_disturbing_each_other() -> None:

@@ -18,16 +18,16 @@ _LIBRARY = "torch: communication buffers of libraries that take torch's tensors 
 FILES = {
     "matmul_grouped_mm.py": f"torch: {_BACKEND}",
     "matmul_gmm.py": f"torch: {_BACKEND}",
-    "matmul_triton.py": "torch: launched by Triton's own launcher; the Flax side of these kernels is not built yet",
+    "matmul_triton.py": "each: tables made once for several products, or by XLA; fused in lean.py, or in lean_kernels.py",
     "matmul_mxfp8.py": f"torch: {_BACKEND}",
     "matmul_te.py": _BINDINGS,
     "matmul_te_fp8.py": _BINDINGS,
     "matmul_ragged_dot.py": f"jax: {_BACKEND}",
     "matmul_tokamax.py": f"jax: {_BACKEND}",
-    "older_triton.py": "jax: what tokamax needs of a triton older than it asks for",
+    "older_triton.py": "jax: what jax-triton and tokamax lack of a triton, and of Gluon",
     "permute_te.py": f"jax: {_BACKEND}; PyTorch has moebius' own kernels",
     "route_te.py": f"jax: {_BACKEND}; PyTorch has moebius' own",
-    "launch.py": "torch: launches core.kernels; JAX's operators are compiled by XLA",
+    "lean_kernels.py": "jax: lean.py has XLA's steps; in PyTorch each step of lean.py is a kernel where there is one",
     "statedict.py": "torch: state dicts; Flax has pytrees, which orbax loads whole",
     "linen.py": "jax: Flax has two kinds of modules, NNX and Linen",
     "transport.py": _COLLECTIVES,
@@ -65,6 +65,8 @@ ARGUMENTS = {
     "remat": 'jax: in PyTorch the operator keeps what "act" keeps; torch.utils.checkpoint keeps less',
     "permute_backend": "jax: PyTorch has one permute, moebius' own",
     "route_backend": "jax: PyTorch has one route, moebius' own",
+    "in_place": "torch: eager tensors are written over; XLA decides where results go",
+    "out": "jax: what a kernel writes is declared; in PyTorch it is an argument",
     "self": "torch: forward is a method like any other, in Flax it is __call__ (renamed below)",
 }
 _REPR = "torch: nn.Module's convention; NNX prints every attribute"
@@ -73,13 +75,13 @@ _KEPT = "jax: the backward pass keeps more or less, as `remat` says"
 _EAGER = "torch: eager calls overlap where they are made; XLA schedules a program by itself"
 _BOUND = "jax: shapes are static, so what travels may have a bound; PyTorch's ranks count it"
 _RAW = "torch: a kernel without gradient, which both the step's operator and lean.py run"
+_HELD = "torch: ranks give buffers back together; in Flax nothing is held between calls"
 # (file, name) -> why it differs.
 NAMES = {
     ("preflight.py", "name_layers"): "torch: JAX's transformations copy modules, and with them what they are called by",
     ("preflight.py", "exchange"): "torch: ranks choose a library together; in Flax all have XLA's collectives",
     ("liveness.py", "collective"): "torch: in Flax collectives are XLA's, and their errors come later",
     ("liveness.py", "Peers.__init__"): "torch: of a process group; jax: of processes, by their numbers",
-    ("dispatch.py", "Options"): _LIBRARY,
     ("dispatch.py", "During"): _EAGER,
     ("dispatch.py", "During.__init__"): _EAGER,
     ("dispatch.py", "During.dispatch"): _EAGER,
@@ -99,8 +101,11 @@ NAMES = {
     ("grouped_experts.py", "GroupedExperts.meanwhile"): _EAGER,
     ("grouped_experts.py", "GroupedExpertsDeepEP.meanwhile"): _EAGER,
     ("grouped_experts.py", "GroupedExpertsTE.meanwhile"): _EAGER,
+    ("grouped_experts.py", "GroupedExperts.close"): _HELD,
     ("grouped_experts.py", "GroupedExperts.dropped"): _BOUND,
+    ("grouped_experts.py", "GroupedExpertsDeepEP.close"): _HELD,
     ("grouped_experts.py", "GroupedExpertsDeepEP.dropped"): _BOUND,
+    ("grouped_experts.py", "GroupedExpertsTE.close"): _HELD,
     ("grouped_experts.py", "GroupedExpertsTE.dropped"): _BOUND,
     ("matmul_loop.py", "product"): "jax: the transposed product is an argument; a torch view is transposed already",
     ("matmul_loop.py", "prepare"): _RAW,
@@ -113,6 +118,14 @@ NAMES = {
     ("matmul.py", "in_context"): _RAW,
     ("matmul.py", "Kernels"): _RAW,
     ("matmul.py", "Fused"): _RAW,
+    (
+        "launch.py",
+        "serves",
+    ): "torch: kernels stand in for its formulas wherever they can; in Flax with their backend alone",
+    ("launch.py", "sort_routes"): "torch: XLA sorts, to the same order",
+    ("launch.py", "gather_rows"): "torch: for experts whose steps are differentiated one by one",
+    ("launch.py", "sum_rows"): "torch: its formula's other dtypes",
+    ("launch.py", "load"): "jax: Triton comes with PyTorch, jax-triton by itself",
     ("activate.py", "activated"): "jax: JAX derives the gradients; PyTorch has kernels of both, see activate_rows",
     ("activate.py", "activate_rows"): _RAW,
     ("activate.py", "activate_rows_backward"): _RAW,

@@ -19,8 +19,8 @@ MARKS = [
     pytest.mark.skipif(not HAS_GPU, reason="no NVIDIA GPU is visible"),
     pytest.mark.filterwarnings("ignore"),
 ]
-BACKENDS = ("loop", "ragged_dot", "tokamax", "te")
-VENDORS = ("tokamax", "te")  # what tests/gpu/test_experts.py does not try
+BACKENDS = ("loop", "ragged_dot", "tokamax", "te", "triton")
+VENDORS = ("tokamax", "te", "triton")  # what tests/gpu/test_experts.py does not try
 
 
 def require(backend: str, dtype: str = "bfloat16", dim: int = 64, width: int = 64, n_experts: int = 4) -> None:

@@ -1,0 +1,284 @@
+"""The Triton kernels of core.kernels on JAX's arrays, through jax-triton.
+
+Each function has the name and arguments of the PyTorch frontend's, and its kernel is compiled from the same constants.
+None has a gradient; under jax.vmap each runs one element of the batch after the other.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moebius.core.activations import Activation
+from moebius.core.errors import BackendUnavailable
+from moebius.core.kernels import plan
+from moebius.jax_frontend import older_triton
+from moebius.jax_frontend.operators import opaque, varying_like
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+OLDEST = {"jax-triton": (0, 4, 1), "jaxlib": (0, 11, 1)}
+_H200 = 132  # multiprocessors, where no device says how many it has
+
+
+def scatter_rows(x_SD: Float[Array, "S D"], row_of_slot_SK: Int[Array, "S K"]) -> Array:
+    """[S * K, D]: row row_of_slot[s, k] is x[s]; rows without a slot hold anything."""
+    (S, K), D = row_of_slot_SK.shape, x_SD.shape[1]
+    return run(plan.scatter_rows(S, K, D), x_SD, row_of_slot_SK, S, out=_array(x_SD.dtype, S * K, D))[0]
+
+
+def sum_dots(dots_RB: Float[Array, "R B"], row_of_slot_SK: Int[Array, "S K"]) -> Array:
+    """[S, K] float32: the sum of each slot's row of dots, in their order; 0 for a slot without a row."""
+    launch = plan.sum_dots(row_of_slot_SK.size, dots_RB.shape[1])
+    given = dots_RB, row_of_slot_SK, row_of_slot_SK.size
+    return run(launch, *given, out=_array(jnp.float32, *row_of_slot_SK.shape))[0]
+
+
+def sum_slots(
+    rows_RD: Float[Array, "R D"],
+    row_of_slot_SK: Int[Array, "S K"],
+    *,
+    bias_eD: Float[Array, "e D"] | None = None,
+    row_experts_R: Int[Array, " R"] | None = None,
+    row_weights_R: Float[Array, " R"] | None = None,
+    after: bool = False,
+    dtype: Any = None,
+) -> Array:
+    """[S, D]: the sum of each token's rows in the order of its slots, in float32, rounded once.
+
+    Args:
+        rows_RD: rows of the tail are never read.
+        row_of_slot_SK: int32, -1 for no row.
+        bias_eD: added to each row by its expert (row_experts_R), times row_weights_R unless `after`; rounded.
+        row_weights_R: float32 weights of the bias or, with `after`, of the rows. dtype: of the result.
+    """
+    weighted = row_weights_R is not None
+    weight_bias = bias_eD is not None and weighted and not after
+    (S, K), D = row_of_slot_SK.shape, rows_RD.shape[1]
+    launch = plan.sum_slots(S, K, D, bias_eD is not None, weight_bias, weighted and after)
+    given = rows_RD, row_of_slot_SK, *_given(rows_RD, bias_eD, row_experts_R, row_weights_R), S
+    return run(launch, *given, out=_array(dtype or rows_RD.dtype, S, D))[0]
+
+
+def activate_rows(
+    hidden_RU: Float[Array, "R U"],
+    row_weights_R: Float[Array, " R"] | None,
+    activation: Activation,
+    *,
+    bias_eU: Float[Array, "e U"] | None = None,
+    row_experts_R: Int[Array, " R"] | None = None,
+) -> Array:
+    """[R, I]: activation times weight in float32, rounded once; hidden plus its bias is rounded first."""
+    R, I = hidden_RU.shape[0], hidden_RU.shape[1] // activation.up_width(1)
+    launch = plan.activate_rows(R, I, activation, _count(bias_eU), row_weights_R is not None)
+    given = hidden_RU, *_given(hidden_RU, bias_eU, row_experts_R, row_weights_R), R
+    return run(launch, *given, out=_array(hidden_RU.dtype, R, I))[0]
+
+
+def activate_rows_backward(
+    dact_RI: Float[Array, "R I"],
+    hidden_RU: Float[Array, "R U"],
+    row_weights_R: Float[Array, " R"],
+    activation: Activation,
+    *,
+    bias_eU: Float[Array, "e U"] | None = None,
+    row_experts_R: Int[Array, " R"] | None = None,
+) -> tuple[Array, Array]:
+    """(dhidden_RU, rounded once; drow_weights_R in float32)."""
+    R, I = dact_RI.shape
+    launch = plan.activate_rows_backward(R, I, activation, _count(bias_eU), True)
+    given = dact_RI, hidden_RU, *_given(hidden_RU, bias_eU, row_experts_R, row_weights_R), R
+    out = _array(hidden_RU.dtype, *hidden_RU.shape), _array(jnp.float32, R)
+    dhidden_RU, drow_weights_R = run(launch, *given, out=out)
+    return dhidden_RU, drow_weights_R
+
+
+def sum_rows(
+    values_RF: Float[Array, "R F"], group_sizes_e: Int[Array, " e"], row_weights_R: Float[Array, " R"] | None = None
+) -> Array:
+    """[e, F]: each expert's rows, times their weights in float32 where given, added in float64, rounded once.
+
+    Rows past sum(group_sizes_e) are not read.
+    """
+    (R, F), e = values_RF.shape, group_sizes_e.shape[0]
+    sum_parts, join_parts = plan.sum_rows(R, e, F, row_weights_R is not None)
+    scratch = _array(jnp.int32, plan.parts(R, e), 2 * F)
+    (parts_PG,) = run(sum_parts, values_RF, group_sizes_e, *_given(values_RF, row_weights_R), out=scratch)
+    return run(join_parts, parts_PG, group_sizes_e, out=_array(values_RF.dtype, e, F))[0]
+
+
+def dot_rows(values_RF: Float[Array, "R F"], bias_eF: Float[Array, "e F"], row_experts_R: Int[Array, " R"]) -> Array:
+    """[R] float32: each row times the bias of its expert; 0 for rows without one, which are not read."""
+    R = values_RF.shape[0]
+    launch = plan.dot_rows(R, *bias_eF.shape)
+    return run(launch, values_RF, bias_eF, row_experts_R, R, out=_array(jnp.float32, R))[0]
+
+
+def list_tiles(group_sizes_e: Int[Array, " e"], n_rows: int) -> tuple[Array, Array]:
+    """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows."""
+    e = group_sizes_e.shape[0]
+    out = _array(jnp.int32, 1 + plan.tiles(n_rows, e), 4), _array(jnp.int32, e + 1)
+    tiles_Q4, starts_e = run(plan.list_tiles(e), group_sizes_e.astype(jnp.int32), out=out)
+    return tiles_Q4, starts_e
+
+
+def grouped_product(
+    rows_RD: Float[Array, "R D"], weight: Float[Array, "e a b"], tiles_Q4: Int[Array, "Q 4"], transposed: bool
+) -> Array:
+    """[R, F]: each row times its expert's matrix; rows past the end hold anything.
+
+    Args:
+        weight: [e, D, F], or [e, F, D] where `transposed`. tiles_Q4: of `list_tiles`.
+    """
+    (R, D), F = rows_RD.shape, weight.shape[1 if transposed else 2]
+    launch = plan.grouped_product(_processors(), D, F, transposed)
+    return run(launch, rows_RD, weight, tiles_Q4, out=_array(rows_RD.dtype, R, F))[0]
+
+
+def grouped_weight_gradient(
+    rows_RD: Float[Array, "R D"], dout_RF: Float[Array, "R F"], starts_e: Int[Array, " starts"]
+) -> Array:
+    """[e, D, F]: each expert's rows^T @ dout; starts of `list_tiles`."""
+    D, F, e = rows_RD.shape[1], dout_RF.shape[1], starts_e.shape[0] - 1
+    launch = plan.grouped_weight_gradient(_processors(), e, D, F)
+    return run(launch, rows_RD, dout_RF, starts_e, out=_array(rows_RD.dtype, e, D, F))[0]
+
+
+def activated_product(
+    rows_RD: Float[Array, "R D"],
+    up_eDU: Float[Array, "e D U"],
+    tiles_Q4: Int[Array, "Q 4"],
+    row_weights_R: Float[Array, " R"] | None,
+    activation: Activation,
+    bias_eU: Float[Array, "e U"] | None = None,
+) -> tuple[Array, Array]:
+    """(`grouped_product`, its `activate_rows`); see plan.fuses."""
+    (R, D), U = rows_RD.shape, up_eDU.shape[2]
+    I = U // activation.up_width(1)
+    biased, weighted = bias_eU is not None, row_weights_R is not None
+    launch = plan.activated_product(_processors(), D, I, activation, biased, weighted)
+    given = rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4
+    hidden_RU, act_RI = run(launch, *given, out=(_array(rows_RD.dtype, R, U), _array(rows_RD.dtype, R, I)))
+    return hidden_RU, act_RI
+
+
+def differentiated_product(
+    dout_RD: Float[Array, "R D"],
+    down_eID: Float[Array, "e I D"],
+    tiles_Q4: Int[Array, "Q 4"],
+    hidden_RU: Float[Array, "R U"],
+    row_weights_R: Float[Array, " R"],
+    activation: Activation,
+    bias_eU: Float[Array, "e U"] | None = None,
+) -> tuple[Array, Array, Array]:
+    """(dhidden, act, dots): `activate_rows_backward` of the transposed product, and the activation of hidden.
+
+    dots [R, B] float32 are the parts of the routing weights' gradients; see `sum_dots`.
+    """
+    (R, D), I, dtype = dout_RD.shape, down_eID.shape[1], dout_RD.dtype
+    launch = plan.differentiated_product(_processors(), D, I, activation, bias_eU is not None)
+    given = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
+    out = _array(dtype, *hidden_RU.shape), _array(dtype, R, I), _array(jnp.float32, R, plan.dots(I))
+    dhidden_RU, act_RI, dots_RB = run(launch, *given, out=out)
+    return dhidden_RU, act_RI, dots_RB
+
+
+def run(launch: plan.Launch, *arguments: Any, out: Any) -> tuple[Array, ...]:
+    """Call one launch, of a problem without elements not at all: its results are zeros.
+
+    Args:
+        arguments: arrays, then numbers, as the kernel has them before its results; numbers are part of the program.
+        out: jax.ShapeDtypeStruct, or a tuple of them, of what the kernel writes.
+    """
+    results = tuple(out) if isinstance(out, tuple) else (out,)
+    arrays = [value for value in arguments if not isinstance(value, int)]
+    if not launch.programs or any(0 in array.shape for array in (*arrays, *results)):
+        return tuple(varying_like(jnp.zeros(result.shape, result.dtype), arrays[0]) for result in results)
+    places = tuple(None if isinstance(value, int) else at for at, value in enumerate(arguments))
+    numbers = tuple(value if place is None else None for value, place in zip(arguments, places, strict=True))
+    shapes = tuple((result.shape, str(jnp.dtype(result.dtype))) for result in results)
+    found: tuple[Array, ...] = tuple(_KERNEL.bind(*arrays, launch=launch, numbers=numbers, shapes=shapes))
+    return found
+
+
+def _play(
+    *arrays: Array,
+    launch: plan.Launch,
+    numbers: tuple[int | None, ...],
+    shapes: tuple[tuple[tuple[int, ...], str], ...],
+) -> list[Array]:
+    described = [_descriptor(array, block) for array, block in zip(arrays, launch.blocks, strict=False)]
+    given = iter([*described, *arrays[len(described) :]])
+    arguments = [next(given) if number is None else number for number in numbers]
+    found = import_module("jax_triton").triton_call(
+        *arguments,
+        kernel=_kernel(launch.kernel),
+        out_type=tuple(_array(dtype, *shape) for shape, dtype in shapes),
+        grid=(launch.programs,),
+        backend_options=launch.options(),
+        **launch.constants,
+    )
+    return [varying_like(array, arrays[0]) for array in found]
+
+
+_KERNEL = opaque("moebius_kernel", _play, static=("launch", "numbers", "shapes"))
+
+
+def load() -> None:
+    """Make jax-triton ready for these kernels.
+
+    Raises:
+        BackendUnavailable: jax-triton or jaxlib is too old. Otherwise whatever an import raises.
+    """
+    for package, oldest in OLDEST.items():
+        found = version(package)
+        if tuple(map(int, re.findall(r"\d+", found)[:3])) < oldest:
+            wanted = ".".join(map(str, oldest))
+            do = f"pip install '{package}>={wanted}', on Python 3.12"
+            raise BackendUnavailable("moebius' kernels in JAX", f"{package} {found}, not {wanted} or newer", do)
+    older_triton.name_tf32()
+    older_triton.check_jax_triton()
+    older_triton.take_gluon()
+
+
+def _descriptor(operand: Array, block: tuple[int, ...]) -> Any:
+    """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
+    return import_module("jax_triton").TensorDescriptor.from_array(operand, block, _layout(len(block)))
+
+
+@cache
+def _layout(rank: int) -> Any:
+    language = import_module("triton.experimental.gluon.language")
+    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+
+
+def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _count(bias: Array | None) -> int | None:
+    return None if bias is None else bias.shape[0]
+
+
+def _given(stand_in: Array, *arrays: Array | None) -> list[Array]:
+    """The arrays; for one that is left out any other, which the kernel does not read."""
+    return [stand_in if array is None else array for array in arrays]
+
+
+@cache
+def _processors() -> int:
+    return int(getattr(jax.local_devices()[0], "core_count", _H200))
+
+
+@cache
+def _kernel(name: str) -> Any:
+    file, function = name.split(".")
+    return getattr(import_module(f"moebius.core.kernels.{file}"), function)
