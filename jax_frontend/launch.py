@@ -1,4 +1,4 @@
-"""The Triton kernels of core.kernels on JAX's arrays, through jax-triton.
+"""The Triton kernels of core.kernels on JAX's arrays, through jax-triton, or Triton's interpreter where that is on.
 
 Each function has the name and arguments of the PyTorch frontend's, and its kernel is compiled from the same constants.
 None has a gradient; under jax.vmap each runs one element of the batch after the other.
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from moebius.core.activations import Activation
 from moebius.core.errors import BackendUnavailable
-from moebius.core.kernels import plan
+from moebius.core.kernels import interpreter, plan, plan_grouped, plan_hopper, plan_portable
+from moebius.core.kernels.plan_grouped import Device
 from moebius.jax_frontend import older_triton
 from moebius.jax_frontend.operators import opaque, varying_like
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 OLDEST = {"jax-triton": (0, 4, 1), "jaxlib": (0, 11, 1)}
-_H200 = 132  # multiprocessors, where no device says how many it has
+_H200 = Device((9, 0), 132)
 
 
 def scatter_rows(x_SD: Float[Array, "S D"], row_of_slot_SK: Int[Array, "S K"]) -> Array:
@@ -122,12 +124,21 @@ def dot_rows(values_RF: Float[Array, "R F"], bias_eF: Float[Array, "e F"], row_e
     return run(launch, values_RF, bias_eF, row_experts_R, R, out=_array(jnp.float32, R))[0]
 
 
-def list_tiles(group_sizes_e: Int[Array, " e"], n_rows: int) -> tuple[Array, Array]:
-    """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows."""
+def list_tiles(group_sizes_e: Int[Array, " e"], n_rows: int, height: int) -> tuple[Array, Array]:
+    """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows; tiles have `height` rows."""
     e = group_sizes_e.shape[0]
-    out = _array(jnp.int32, 1 + plan.tiles(n_rows, e), 4), _array(jnp.int32, e + 1)
-    tiles_Q4, starts_e = run(plan.list_tiles(e), group_sizes_e.astype(jnp.int32), out=out)
+    out = _array(jnp.int32, 1 + plan_portable.tiles(n_rows, e, height), 4), _array(jnp.int32, e + 1)
+    tiles_Q4, starts_e = run(plan_portable.list_tiles(e, height), group_sizes_e.astype(jnp.int32), out=out)
     return tiles_Q4, starts_e
+
+
+def height(like: Array, n_rows: int, n_experts: int, width_in: int, width_out: int) -> int:
+    """Rows of a tile of such a product, for `list_tiles`.
+
+    Args:
+        like: of the dtype, and on the device, of the rows.
+    """
+    return plan_grouped.height(n_rows, n_experts, width_in, width_out, *_where(like))
 
 
 def grouped_product(
@@ -136,10 +147,10 @@ def grouped_product(
     """[R, F]: each row times its expert's matrix; rows past the end hold anything.
 
     Args:
-        weight: [e, D, F], or [e, F, D] where `transposed`. tiles_Q4: of `list_tiles`.
+        weight: [e, D, F], or [e, F, D] where `transposed`. tiles_Q4: of `list_tiles`, of the product's `height`.
     """
     (R, D), F = rows_RD.shape, weight.shape[1 if transposed else 2]
-    launch = plan.grouped_product(_processors(), D, F, transposed)
+    launch = plan_grouped.product(R, weight.shape[0], D, F, transposed, *_where(rows_RD))
     return run(launch, rows_RD, weight, tiles_Q4, out=_array(rows_RD.dtype, R, F))[0]
 
 
@@ -148,8 +159,15 @@ def grouped_weight_gradient(
 ) -> Array:
     """[e, D, F]: each expert's rows^T @ dout; starts of `list_tiles`."""
     D, F, e = rows_RD.shape[1], dout_RF.shape[1], starts_e.shape[0] - 1
-    launch = plan.grouped_weight_gradient(_processors(), e, D, F)
+    launch = plan_grouped.weight_gradient(e, D, F, *_where(rows_RD))
     return run(launch, rows_RD, dout_RF, starts_e, out=_array(rows_RD.dtype, e, D, F))[0]
+
+
+def fuses(activation: Activation, down_eID: Float[Array, "e I D"]) -> bool:
+    """Whether `activated_product` and `differentiated_product` compute this activation, of experts like these."""
+    _, I, D = down_eID.shape
+    dtype, device = _where(down_eID)
+    return plan_grouped.fuses(activation, dtype, device, D, I)
 
 
 def activated_product(
@@ -160,11 +178,11 @@ def activated_product(
     activation: Activation,
     bias_eU: Float[Array, "e U"] | None = None,
 ) -> tuple[Array, Array]:
-    """(`grouped_product`, its `activate_rows`); see plan.fuses."""
+    """(`grouped_product`, its `activate_rows`); see `fuses`."""
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
     biased, weighted = bias_eU is not None, row_weights_R is not None
-    launch = plan.activated_product(_processors(), D, I, activation, biased, weighted)
+    launch = plan_hopper.activated_product(_device().processors, D, I, activation, biased, weighted)
     given = rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4
     hidden_RU, act_RI = run(launch, *given, out=(_array(rows_RD.dtype, R, U), _array(rows_RD.dtype, R, I)))
     return hidden_RU, act_RI
@@ -184,9 +202,9 @@ def differentiated_product(
     dots [R, B] float32 are the parts of the routing weights' gradients; see `sum_dots`.
     """
     (R, D), I, dtype = dout_RD.shape, down_eID.shape[1], dout_RD.dtype
-    launch = plan.differentiated_product(_processors(), D, I, activation, bias_eU is not None)
+    launch = plan_hopper.differentiated_product(_device().processors, D, I, activation, bias_eU is not None)
     given = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
-    out = _array(dtype, *hidden_RU.shape), _array(dtype, R, I), _array(jnp.float32, R, plan.dots(I))
+    out = _array(dtype, *hidden_RU.shape), _array(dtype, R, I), _array(jnp.float32, R, plan_hopper.dots(I))
     dhidden_RU, act_RI, dots_RB = run(launch, *given, out=out)
     return dhidden_RU, act_RI, dots_RB
 
@@ -215,6 +233,8 @@ def _play(
     numbers: tuple[int | None, ...],
     shapes: tuple[tuple[tuple[int, ...], str], ...],
 ) -> list[Array]:
+    if plan_grouped.interpreted():
+        return _interpreted(arrays, launch, numbers, shapes)
     described = [_descriptor(array, block) for array, block in zip(arrays, launch.blocks, strict=False)]
     given = iter([*described, *arrays[len(described) :]])
     arguments = [next(given) if number is None else number for number in numbers]
@@ -226,6 +246,21 @@ def _play(
         backend_options=launch.options(),
         **launch.constants,
     )
+    return [varying_like(array, arrays[0]) for array in found]
+
+
+def _interpreted(
+    arrays: tuple[Array, ...],
+    launch: plan.Launch,
+    numbers: tuple[int | None, ...],
+    shapes: tuple[tuple[tuple[int, ...], str], ...],
+) -> list[Array]:
+    def play(*arrays: Any) -> list[np.ndarray]:
+        given = iter(arrays)
+        arguments = [np.asarray(next(given)) if number is None else number for number in numbers]
+        return interpreter.play(launch, arguments, shapes)
+
+    found = jax.pure_callback(play, [_array(dtype, *shape) for shape, dtype in shapes], *arrays)
     return [varying_like(array, arrays[0]) for array in found]
 
 
@@ -273,9 +308,19 @@ def _given(stand_in: Array, *arrays: Array | None) -> list[Array]:
     return [stand_in if array is None else array for array in arrays]
 
 
+def _where(operand: Array) -> tuple[str, Device]:
+    return str(operand.dtype), _device()
+
+
 @cache
-def _processors() -> int:
-    return int(getattr(jax.local_devices()[0], "core_count", _H200))
+def _device() -> Device:
+    if plan_grouped.interpreted():
+        return plan_grouped.INTERPRETER
+    found = jax.local_devices()[0]
+    major, _, minor = str(getattr(found, "compute_capability", "")).partition(".")
+    if not minor:
+        return _H200  # lowered where there is none
+    return Device((int(major), int(minor)), int(getattr(found, "core_count", _H200.processors)))
 
 
 @cache

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moebius.core.kernels import plan
 from moebius.jax_frontend import launch
 from moebius.jax_frontend.dispatch import Sent
 from moebius.jax_frontend.dtypes import accumulate_dtype
@@ -24,12 +23,12 @@ def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weig
     sent = Sent(x_SD, weights_SK, ids_SK)
     _, row_weights_R, group_sizes_e, row_experts_R, state = sort_routes(sent, w.down_eID.shape[0])
     row_of_slot_SK = jnp.where(state.row_of_slot_SK < jnp.sum(group_sizes_e, dtype=jnp.int32), state.row_of_slot_SK, -1)
-    tiles_Q4, _ = launch.list_tiles(group_sizes_e, ids_SK.size)
     rows_RD = launch.scatter_rows(x_SD, row_of_slot_SK)
+    up_tiles_Q4, down_tiles_Q4, _ = _tiles(group_sizes_e, rows_RD, w)
     before_R = None if how.after else row_weights_R
-    hidden_RU, act_RI = _up(rows_RD, w, tiles_Q4, before_R, row_experts_R, how)
+    hidden_RU, act_RI = _up(rows_RD, w, up_tiles_Q4, before_R, row_experts_R, how)
     hidden_RU, act_RI = checkpoint_name(hidden_RU, "moe_hidden"), checkpoint_name(act_RI, "moe_act")
-    out_RD = launch.grouped_product(act_RI, w.down_eID, tiles_Q4, False)
+    out_RD = launch.grouped_product(act_RI, w.down_eID, down_tiles_Q4, False)
     y_SD = launch.sum_slots(
         out_RD,
         row_of_slot_SK,
@@ -56,15 +55,17 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
     """Gradients of (x, weights, parameters); under jit XLA drops those that nobody reads."""
     dy_SD, kept = lax.optimization_barrier((dy_SD, kept))
     x_SD, hidden_RU, _, _, row_of_slot_SK, group_sizes_e, row_weights_R, row_experts_R = kept
-    tiles_Q4, starts_e = launch.list_tiles(group_sizes_e, row_of_slot_SK.size)
     rows_RD = launch.scatter_rows(x_SD, row_of_slot_SK)
+    up_tiles_Q4, down_tiles_Q4, starts_e = _tiles(group_sizes_e, rows_RD, w)
     if hidden_RU is None:
-        hidden_RU = launch.grouped_product(rows_RD, w.up_eDU, tiles_Q4, False)
+        hidden_RU = launch.grouped_product(rows_RD, w.up_eDU, up_tiles_Q4, False)
     dout_RD = launch.scatter_rows(dy_SD.astype(x_SD.dtype), row_of_slot_SK)
     dup_bias_eU = ddown_bias_eD = None
     if w.down_bias_eD is not None:
         ddown_bias_eD = launch.sum_rows(dout_RD, group_sizes_e, row_weights_R)
-    dhidden_RU, act_RI, dots_RB = _down_gradient(dout_RD, w, tiles_Q4, hidden_RU, row_weights_R, row_experts_R, how)
+    dhidden_RU, act_RI, dots_RB = _down_gradient(
+        dout_RD, w, down_tiles_Q4, hidden_RU, row_weights_R, row_experts_R, how
+    )
     ddown_eID = launch.grouped_weight_gradient(act_RI, dout_RD, starts_e)
     dweights_SK = launch.sum_dots(dots_RB, row_of_slot_SK)
     if w.down_bias_eD is not None and row_experts_R is not None:
@@ -73,16 +74,24 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
     if w.up_bias_eU is not None:
         dup_bias_eU = launch.sum_rows(dhidden_RU, group_sizes_e)
     dup_eDU = launch.grouped_weight_gradient(rows_RD, dhidden_RU, starts_e)
-    drows_RD = launch.grouped_product(dhidden_RU, w.up_eDU, tiles_Q4, True)
+    drows_RD = launch.grouped_product(dhidden_RU, w.up_eDU, up_tiles_Q4, True)
     dx_SD = launch.sum_slots(drows_RD, row_of_slot_SK)
     return dx_SD, dweights_SK, Weights(dup_eDU, ddown_eID, dup_bias_eU, ddown_bias_eD)
+
+
+def _tiles(group_sizes_e: Array, rows_RD: Array, w: Weights) -> tuple[Array, Array, Array]:
+    """(tiles of the products with up, those with down, starts): where one list serves both, one."""
+    R, (e, I, D), U = rows_RD.shape[0], w.down_eID.shape, w.up_eDU.shape[2]
+    up, down = launch.height(rows_RD, R, e, D, U), launch.height(rows_RD, R, e, I, D)
+    listed = {height: launch.list_tiles(group_sizes_e, R, height) for height in sorted({up, down})}
+    return listed[up][0], listed[down][0], listed[up][1]
 
 
 def _up(
     rows_RD: Array, w: Weights, tiles_Q4: Array, row_weights_R: Array | None, row_experts_R: Array, how: How
 ) -> tuple[Array, Array]:
     """(pre-activation without its bias [R, U], its activation [R, I])."""
-    if plan.fuses(how.activation):
+    if launch.fuses(how.activation, w.down_eID):
         return launch.activated_product(rows_RD, w.up_eDU, tiles_Q4, row_weights_R, how.activation, w.up_bias_eU)
     hidden_RU = launch.grouped_product(rows_RD, w.up_eDU, tiles_Q4, False)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
@@ -100,7 +109,7 @@ def _down_gradient(
 ) -> tuple[Array, Array, Array]:
     """(dhidden [R, U], the weighted activation [R, I], dots [R, B]: parts of the row weights' gradients)."""
     activation = how.activation
-    if plan.fuses(activation):
+    if launch.fuses(activation, w.down_eID):
         given = hidden_RU, row_weights_R, activation, w.up_bias_eU
         return launch.differentiated_product(dout_RD, w.down_eID, tiles_Q4, *given)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}

@@ -22,7 +22,7 @@ from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 
 from moebius.core import checks
-from moebius.core.kernels import plan
+from moebius.core.kernels import plan_grouped
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.jax_frontend.checks import check_group_sizes
 from moebius.jax_frontend.operators import bilinear, call, contract
@@ -322,7 +322,7 @@ BACKENDS.add(
     load=_load_triton,
     needs=("jax_triton", "triton"),
     install="pip install 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later",
-    supports=plan.against,
+    supports=plan_grouped.against,
     only_when_named=True,
-    note="moebius' own kernels for Hopper, in bfloat16 and float16, for every step: the bits of the PyTorch frontend's",
+    note="moebius' own kernels for every step, with the bits of the PyTorch frontend's; fast on Hopper, as there",
 )

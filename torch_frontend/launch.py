@@ -6,7 +6,6 @@ bias.py). Nothing here waits for the device and all memory comes from torch: a C
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moebius.core.activations import Activation
-from moebius.core.kernels import plan
+from moebius.core.kernels import plan, plan_grouped, plan_hopper, plan_portable
+from moebius.core.kernels.plan_grouped import Device
 from moebius.torch_frontend.dtypes import on
 
 if TYPE_CHECKING:
@@ -187,12 +187,22 @@ def dot_rows(
     return dots_R
 
 
-def list_tiles(group_sizes_e: Int[Tensor, " e"], n_rows: int) -> tuple[Tensor, Tensor]:
-    """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows."""
+def list_tiles(group_sizes_e: Int[Tensor, " e"], n_rows: int, height: int) -> tuple[Tensor, Tensor]:
+    """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows; tiles have `height` rows."""
     e = len(group_sizes_e)
-    tiles_Q4, starts_e = _empty(group_sizes_e, 1 + plan.tiles(n_rows, e), 4), _empty(group_sizes_e, e + 1)
-    run(plan.list_tiles(e), group_sizes_e.contiguous(), tiles_Q4, starts_e)
+    tiles_Q4 = _empty(group_sizes_e, 1 + plan_portable.tiles(n_rows, e, height), 4)
+    starts_e = _empty(group_sizes_e, e + 1)
+    run(plan_portable.list_tiles(e, height), group_sizes_e.contiguous(), tiles_Q4, starts_e)
     return tiles_Q4, starts_e
+
+
+def height(like: Tensor, n_rows: int, n_experts: int, width_in: int, width_out: int) -> int:
+    """Rows of a tile of such a product, for `list_tiles`.
+
+    Args:
+        like: of the dtype, and on the device, of the rows.
+    """
+    return plan_grouped.height(n_rows, n_experts, width_in, width_out, *_where(like))
 
 
 def grouped_product(
@@ -202,10 +212,11 @@ def grouped_product(
 
     Args:
         rows_RD, weight: contiguous, at addresses that are multiples of 16 bytes. weight is [e, D, F], or [e, F, D]
-            where `transposed`. tiles_Q4: of `list_tiles`.
+            where `transposed`. tiles_Q4: of `list_tiles`, of the product's `height`.
     """
-    out_RF = _empty(rows_RD, len(rows_RD), weight.shape[1 if transposed else 2])
-    launch = plan.grouped_product(_processors(rows_RD.device), rows_RD.shape[1], out_RF.shape[1], transposed)
+    (R, D), F = rows_RD.shape, weight.shape[1 if transposed else 2]
+    out_RF = _empty(rows_RD, R, F)
+    launch = plan_grouped.product(R, len(weight), D, F, transposed, *_where(rows_RD))
     run(launch, rows_RD, weight, tiles_Q4, out_RF)
     return out_RF
 
@@ -216,9 +227,15 @@ def grouped_weight_gradient(
     """[e, D, F]: each expert's rows^T @ dout; operands as in `grouped_product`, starts of `list_tiles`."""
     e, D, F = len(starts_e) - 1, rows_RD.shape[1], dout_RF.shape[1]
     dweight_eDF = _empty(rows_RD, e, D, F)
-    launch = plan.grouped_weight_gradient(_processors(rows_RD.device), e, D, F)
-    run(launch, rows_RD, dout_RF, starts_e, dweight_eDF)
+    run(plan_grouped.weight_gradient(e, D, F, *_where(rows_RD)), rows_RD, dout_RF, starts_e, dweight_eDF)
     return dweight_eDF
+
+
+def fuses(activation: Activation, down_eID: Float[Tensor, "e I D"]) -> bool:
+    """Whether `activated_product` and `differentiated_product` compute this activation, of experts like these."""
+    _, I, D = down_eID.shape
+    dtype, device = _where(down_eID)
+    return plan_grouped.fuses(activation, dtype, device, D, I)
 
 
 def activated_product(
@@ -229,13 +246,12 @@ def activated_product(
     activation: Activation,
     bias_eU: Float[Tensor, "e U"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(`grouped_product`, its `activate_rows`); see plan.fuses."""
+    """(`grouped_product`, its `activate_rows`); see `fuses`."""
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
     hidden_RU, act_RI = _empty(rows_RD, R, U), _empty(rows_RD, R, I)
-    launch = plan.activated_product(
-        *(_processors(rows_RD.device), D, I, activation, bias_eU is not None, row_weights_R is not None)
-    )
+    processors, biased = _device(rows_RD.device).processors, bias_eU is not None
+    launch = plan_hopper.activated_product(processors, D, I, activation, biased, row_weights_R is not None)
     run(launch, rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4, hidden_RU, act_RI)
     return hidden_RU, act_RI
 
@@ -261,8 +277,9 @@ def differentiated_product(
     (R, D), I = dout_RD.shape, down_eID.shape[1]
     dhidden_RU = hidden_RU if in_place else torch.empty_like(hidden_RU)
     act_RI = _empty(dout_RD, R, I)
-    dots_RB = torch.empty(R, plan.dots(I), dtype=torch.float32, device=dout_RD.device)
-    launch = plan.differentiated_product(_processors(dout_RD.device), D, I, activation, bias_eU is not None)
+    dots_RB = torch.empty(R, plan_hopper.dots(I), dtype=torch.float32, device=dout_RD.device)
+    processors = _device(dout_RD.device).processors
+    launch = plan_hopper.differentiated_product(processors, D, I, activation, bias_eU is not None)
     read = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
     run(launch, *read, dhidden_RU, act_RI, dots_RB)
     return dhidden_RU, act_RI, dots_RB
@@ -292,9 +309,16 @@ def _layout(rank: int) -> Any:
     return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
+def _where(operand: Tensor) -> tuple[str, Device]:
+    return str(operand.dtype).removeprefix("torch."), _device(operand.device)
+
+
 @cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _device(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return plan_grouped.INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    return Device((found.major, found.minor), found.multi_processor_count)
 
 
 @cache
@@ -310,7 +334,7 @@ def _has_triton() -> bool:
 
 @cache
 def _device_serves(device: torch.device) -> bool:
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if plan_grouped.interpreted():
         return True
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -155,7 +155,7 @@ def _up(
     row_experts_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(pre-activation without its bias [R, U], its activation [R, I])."""
-    if len(rows_RD) and matmul.fused is not None and matmul.fused.serves(activation):
+    if len(rows_RD) and matmul.fused is not None and matmul.fused.serves(activation, w.down_eID):
         return matmul.fused.up(rows_RD, w.up_eDU, prepared, row_weights_R, activation, w.up_bias_eU)
     hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
@@ -175,7 +175,7 @@ def _down_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dhidden [R, U], ddown [e, I, D] or None, dots [R, B]: parts of the row weights' gradients but the bias')."""
     hidden_RU, row_weights_R, ddown_eID = kept.hidden_RU, kept.row_weights_R, None
-    if len(dout_RD) and matmul.fused is not None and matmul.fused.serves(activation):
+    if len(dout_RD) and matmul.fused is not None and matmul.fused.serves(activation, w.down_eID):
         down_gradient = matmul.fused.down_gradient
         given = hidden_RU, row_weights_R, activation, w.up_bias_eU, in_place
         dhidden_RU, act_RI, dots_RB = down_gradient(dout_RD, w.down_eID, prepared, *given)

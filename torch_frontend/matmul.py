@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from moebius.core import checks
 from moebius.core.activations import Activation
-from moebius.core.kernels import plan
+from moebius.core.kernels import plan_grouped
 from moebius.core.registry import Backend, Problem, Registry
 from moebius.torch_frontend import dtypes
 from moebius.torch_frontend.checks import check_group_sizes
@@ -33,14 +33,14 @@ class Fused(NamedTuple):
     """Products of one backend with the activation, or its derivative, inside; for at least one row and one expert.
 
     Attributes:
-        serves: activation -> whether both compute it.
+        serves: (activation, down [e, I, D]) -> whether both compute it, for such experts.
         up: (rows [R, D], up [e, D, U], prepared, row weights [R] or None, activation, bias [e, U] or None)
             -> (hidden [R, U] without its bias, act [R, I]).
         down_gradient: (dout [R, D], down [e, I, D], prepared, hidden, row weights [R], activation, bias, in_place)
             -> (dhidden, act, dots [R, B] float32, the parts of the row weights' gradients).
     """
 
-    serves: Callable[[Activation], bool]
+    serves: Callable[[Activation, Tensor], bool]
     up: Callable[..., tuple[Tensor, Tensor]]
     down_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -273,7 +273,7 @@ def _load_mxfp8() -> Kernels:
 def _load_triton() -> Kernels:
     from moebius.torch_frontend import matmul_triton as backend
 
-    fused = Fused(plan.fuses, backend.activated_product, backend.differentiated_product)
+    fused = Fused(backend.fuses, backend.activated_product, backend.differentiated_product)
     return Kernels(backend.Prepared, backend.product, backend.weight_gradient, fused)
 
 
@@ -357,7 +357,7 @@ BACKENDS.add(
     load=_load_triton,
     needs=("triton",),
     install="pip install triton",
-    supports=plan.against,
+    supports=plan_grouped.against,
     only_when_named=True,
-    note="moebius' own kernels for Hopper, in bfloat16 and float16",
+    note="moebius' own kernels; the fast ones are for Hopper, in bfloat16 and float16, widths of multiples of 8",
 )

@@ -1,4 +1,4 @@
-"""Backend "triton": the grouped products of core.kernels, alone and fused with the activation, for Hopper.
+"""Backend "triton": the grouped products of core.kernels; on Hopper also fused with the activation.
 
 Nothing waits for the host. A weight is read as it lies, in either orientation; an operand is copied only where it is in
 neither, or starts between 16 bytes.
@@ -6,7 +6,7 @@ neither, or starts between 16 bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -17,21 +17,23 @@ from moebius.torch_frontend.matmul_grouped_mm import aligned
 
 @dataclass
 class Prepared:
-    """The group sizes, and what is made of them once for all products of as many rows."""
+    """The group sizes, and what is made of them once for all products of as many rows in tiles of one height."""
 
     group_sizes_e: Tensor
-    _listed: tuple[int, Tensor, Tensor] | None = None
+    _listed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def listed(self, n_rows: int) -> tuple[Tensor, Tensor]:
+    def listed(self, rows: Tensor, width_out: int) -> tuple[Tensor, Tensor]:
         """(tiles, starts); see launch.list_tiles."""
-        if self._listed is None or self._listed[0] != n_rows:
-            self._listed = (n_rows, *launch.list_tiles(self.group_sizes_e, n_rows))
-        return self._listed[1:]
+        n_rows, width_in = rows.shape
+        key = n_rows, launch.height(rows, n_rows, len(self.group_sizes_e), width_in, width_out)
+        if key not in self._listed:
+            self._listed[key] = launch.list_tiles(self.group_sizes_e, *key)
+        return self._listed[key]
 
 
 def product(rows: Tensor, weight: Tensor, prepared: Prepared) -> Tensor:
     """[R, F]; see Kernels.product."""
-    tiles_Q4, _ = prepared.listed(len(rows))
+    tiles_Q4, _ = prepared.listed(rows, weight.shape[2])
     transposed = weight.mT.is_contiguous() and not weight.is_contiguous()
     weight = weight.mT if transposed else weight
     return launch.grouped_product(_whole(rows), _whole(weight), tiles_Q4, transposed)
@@ -39,8 +41,11 @@ def product(rows: Tensor, weight: Tensor, prepared: Prepared) -> Tensor:
 
 def weight_gradient(rows: Tensor, dout: Tensor, prepared: Prepared) -> Tensor:
     """[e, D, F]; see Kernels.weight_gradient."""
-    _, starts_e = prepared.listed(len(rows))
+    _, starts_e = prepared.listed(rows, dout.shape[1])
     return launch.grouped_weight_gradient(_whole(rows), _whole(dout), starts_e)
+
+
+fuses = launch.fuses
 
 
 def activated_product(
@@ -52,7 +57,7 @@ def activated_product(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(hidden, act); see Fused.up."""
-    tiles_Q4, _ = prepared.listed(len(rows))
+    tiles_Q4, _ = prepared.listed(rows, up.shape[2])
     return launch.activated_product(_whole(rows), _whole(up), tiles_Q4, row_weights, activation, bias)
 
 
@@ -67,7 +72,7 @@ def differentiated_product(
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, act, dots); see Fused.down_gradient."""
-    tiles_Q4, _ = prepared.listed(len(dout))
+    tiles_Q4, _ = prepared.listed(dout, down.shape[1])
     operands = _whole(dout), _whole(down), tiles_Q4, _whole(hidden)
     return launch.differentiated_product(*operands, row_weights, activation, bias, in_place=in_place)
 

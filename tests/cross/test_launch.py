@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moebius.core.activations import ACTIVATIONS
+from moebius.core.kernels.plan_grouped import Device
 from moebius.jax_frontend import launch as jax_launch
 from moebius.torch_frontend import launch as torch_launch
 
@@ -39,6 +40,10 @@ SHAPES = {
     "up_bias": ((E, U), BF16),
     "down_bias": ((E, D), BF16),
     "dots": ((R, 3), F32),
+    "wide": ((R, D), F32),
+    "wide_down": ((E, I, D), F32),
+    "odd": ((R, 33), BF16),
+    "odd_down": ((E, I, 33), BF16),
 }
 
 
@@ -74,9 +79,12 @@ CALLS = {
     "sum_rows": lambda s: s.launch.sum_rows(s.hidden, s.sizes),
     "sum_rows_weighted": lambda s: s.launch.sum_rows(s.rows, s.sizes, s.row_weights),
     "dot_rows": lambda s: s.launch.dot_rows(s.rows, s.down_bias, s.row_experts),
-    "list_tiles": lambda s: s.launch.list_tiles(s.sizes, R),
+    "list_tiles": lambda s: s.launch.list_tiles(s.sizes, R, 64),
     "grouped_product": lambda s: s.launch.grouped_product(s.rows, s.up, s.tiles, False),
     "grouped_product_transposed": lambda s: s.launch.grouped_product(s.rows, s.down, s.tiles, True),
+    "grouped_product_in_float32": lambda s: s.launch.grouped_product(s.wide, s.wide_down, s.tiles, True),
+    "grouped_product_of_odd_widths": lambda s: s.launch.grouped_product(s.odd, s.odd_down, s.tiles, True),
+    "grouped_weight_gradient_in_float32": lambda s: s.launch.grouped_weight_gradient(s.wide, s.wide, s.starts),
     "grouped_weight_gradient": lambda s: s.launch.grouped_weight_gradient(s.rows, s.hidden, s.starts),
     "activated_product": lambda s: s.launch.activated_product(s.rows, s.up, s.tiles, s.row_weights, OAI, s.up_bias),
     "activated_product_of_one_half": lambda s: s.launch.activated_product(
@@ -126,7 +134,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Record]]:
     for launch in (torch_launch, jax_launch):
         monkeypatch.setattr(launch, "_kernel", Recorder)
         monkeypatch.setattr(launch, "_descriptor", lambda operand, block: (operand, block))
-        monkeypatch.setattr(launch, "_processors", lambda *_: 132)
+        monkeypatch.setattr(launch, "_device", lambda *_: Device((9, 0), 132))
     jax.clear_caches()
     return found
 
@@ -136,6 +144,8 @@ def test_launches_of_both_frontends_are_the_same(records: dict[str, list[Record]
     ours, theirs = (CALLS[name](Sides(frontend)) for frontend in (torch_launch, jax_launch))
     launched = records["jax"][: len(records["torch"])]  # traced first, then run: each twice
     assert records["torch"] == launched and launched
+    hopper = "hopper" in launched[-1]["kernel"]
+    assert hopper == ("grouped" in name or "product" in name) or "float32" in name or "odd" in name
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert described(one) == described(other)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from moebius.core.activations import ACTIVATIONS
+from moebius.core.kernels import plan_hopper
 
 torch = pytest.importorskip("torch")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -41,7 +42,7 @@ class Operands:
         self.weights = torch.rand(R, device="cuda", generator=generator)
         self.sizes = torch.tensor(sizes, dtype=torch.int32, device="cuda")
         self.experts = torch.repeat_interleave(torch.arange(e + 1), torch.tensor([*sizes, 2])).int().cuda()
-        self.tiles, _ = launch.list_tiles(self.sizes, R)
+        self.tiles, _ = launch.list_tiles(self.sizes, R, plan_hopper.HEIGHT)
         self.activation, self.end = activation, sum(sizes)
 
     def together(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ _LIBRARY = "torch: communication buffers of libraries that take torch's tensors 
 FILES = {
     "matmul_grouped_mm.py": f"torch: {_BACKEND}",
     "matmul_gmm.py": f"torch: {_BACKEND}",
-    "matmul_triton.py": "each: tables made once for several products, or by XLA; fused in lean.py, or in lean_kernels.py",
+    "matmul_triton.py": "torch: tables are made once for several products, and products fused with the activation",
     "matmul_mxfp8.py": f"torch: {_BACKEND}",
     "matmul_te.py": _BINDINGS,
     "matmul_te_fp8.py": _BINDINGS,

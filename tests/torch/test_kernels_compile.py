@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moebius.core.activations import ACTIVATIONS
-from moebius.core.kernels import plan
+from moebius.core.kernels import plan, plan_hopper, plan_portable
 
 pytest.importorskip("triton")
 import triton
@@ -19,19 +19,19 @@ from triton.compiler import ASTSource
 
 SWIGLU, OAI, RELU2 = (ACTIVATIONS[name] for name in ("swiglu", "swigluoai", "relu2"))
 LAUNCHES = {
-    "product": plan.grouped_product(132, 4096, 28672, False),
-    "product_transposed": plan.grouped_product(132, 1536, 2048, True),
-    "product_of_narrow": plan.grouped_product(132, 8, 16, False),
-    "weight_gradient": plan.grouped_weight_gradient(132, 128, 2048, 1536),
-    "weight_gradient_of_narrow": plan.grouped_weight_gradient(132, 3, 200, 328),
-    "activated_product": plan.activated_product(132, 2048, 768, SWIGLU, False, True),
-    "activated_product_clamped_biased": plan.activated_product(132, 2880, 2880, OAI, True, True),
-    "activated_product_of_one_half": plan.activated_product(132, 200, 328, RELU2, False, False),
-    "differentiated_product": plan.differentiated_product(132, 2048, 768, SWIGLU, False),
-    "differentiated_product_clamped": plan.differentiated_product(132, 2880, 2880, OAI, False),
-    "differentiated_product_biased": plan.differentiated_product(132, 2880, 2880, OAI, True),
-    "differentiated_product_of_one_half": plan.differentiated_product(132, 200, 328, RELU2, False),
-    "list_tiles": plan.list_tiles(128),
+    "product": plan_hopper.product(132, 4096, 28672, False),
+    "product_transposed": plan_hopper.product(132, 1536, 2048, True),
+    "product_of_narrow": plan_hopper.product(132, 8, 16, False),
+    "weight_gradient": plan_hopper.weight_gradient(132, 128, 2048, 1536),
+    "weight_gradient_of_narrow": plan_hopper.weight_gradient(132, 3, 200, 328),
+    "activated_product": plan_hopper.activated_product(132, 2048, 768, SWIGLU, False, True),
+    "activated_product_clamped_biased": plan_hopper.activated_product(132, 2880, 2880, OAI, True, True),
+    "activated_product_of_one_half": plan_hopper.activated_product(132, 200, 328, RELU2, False, False),
+    "differentiated_product": plan_hopper.differentiated_product(132, 2048, 768, SWIGLU, False),
+    "differentiated_product_clamped": plan_hopper.differentiated_product(132, 2880, 2880, OAI, False),
+    "differentiated_product_biased": plan_hopper.differentiated_product(132, 2880, 2880, OAI, True),
+    "differentiated_product_of_one_half": plan_hopper.differentiated_product(132, 200, 328, RELU2, False),
+    "list_tiles": plan_portable.list_tiles(128, plan_hopper.HEIGHT),
 }
 FLOAT32 = ("row_weights_R", "dots_RB")
 INTEGERS = ("tiles_Q4", "starts_e", "group_sizes_e")

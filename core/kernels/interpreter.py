@@ -1,0 +1,48 @@
+"""Launches played by Triton's interpreter, on NumPy's arrays: what the kernels compute, without a device, slowly.
+
+TRITON_INTERPRET=1 has to be set before triton is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from moebius.core.errors import Unsupported
+from moebius.core.kernels.plan import Launch
+
+
+def play(
+    launch: Launch,
+    arguments: Sequence[np.ndarray | int],
+    results: Sequence[tuple[tuple[int, ...], str]],
+) -> list[np.ndarray]:
+    """What the kernel writes.
+
+    Args:
+        arguments: arrays, and numbers. results: (shape, dtype) of each array that is written.
+    Raises:
+        Unsupported: kernels of Gluon.
+    """
+    if launch.blocks:
+        raise Unsupported(
+            f"the kernel {launch.kernel!r}", "Triton's interpreter, which has no Gluon", "run it on Hopper"
+        )
+    given = [value if isinstance(value, int) else np.ascontiguousarray(value) for value in arguments]
+    written = [np.zeros(shape, dtype) for shape, dtype in results]
+    file, function = launch.kernel.split(".")
+    kernel = getattr(import_module(f"moebius.core.kernels.{file}"), function)
+    pointers = [value if isinstance(value, int) else _pointer(value) for value in (*given, *written)]
+    kernel[(launch.programs,)](*pointers, **launch.constants, **launch.options())
+    return written
+
+
+def _pointer(array: np.ndarray) -> Any:
+    """A pointer as the interpreter has them: an array of one address, and a type."""
+    language, interpreter = import_module("triton.language"), import_module("triton.runtime.interpreter")
+    kind = language.pointer_type(getattr(language, array.dtype.name))
+    address = np.array([array.ctypes.data], np.uint64)
+    return language.tensor(interpreter.TensorHandle(address, kind), kind)
