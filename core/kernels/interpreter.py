@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 has to be set before triton is imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -31,6 +32,7 @@ def play(
         raise Unsupported(
             f"the kernel {launch.kernel!r}", "Triton's interpreter, which has no Gluon", "run it on Hopper"
         )
+    mend()
     given = [value if isinstance(value, int) else np.ascontiguousarray(value) for value in arguments]
     written = [np.zeros(shape, dtype) for shape, dtype in results]
     file, function = launch.kernel.split(".")
@@ -46,3 +48,20 @@ def _pointer(array: np.ndarray) -> Any:
     kind = language.pointer_type(getattr(language, array.dtype.name))
     address = np.array([array.ctypes.data], np.uint64)
     return language.tensor(interpreter.TensorHandle(address, kind), kind)
+
+
+@cache
+def mend() -> None:
+    """Let a loop's bound be a number from memory, in this process.
+
+    The interpreter keeps scalars as arrays of one element and makes loop bounds of them by int(), which NumPy 2.4
+    refuses: https://github.com/triton-lang/triton/issues/9171, mended in Triton 3.7.
+    """
+    interpreter: Any = import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched

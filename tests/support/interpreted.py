@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import moebius
 
@@ -21,20 +20,3 @@ def outcomes(program: str, *arguments: str) -> dict[str, str | None]:
     assert done.returncode == 0, done.stderr
     found: dict[str, str | None] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def mend() -> None:
-    """Let a loop's bound be a number from memory, in this process.
-
-    The interpreter keeps scalars as arrays of one element and makes loop bounds of them by int(), which NumPy 2.4
-    refuses: https://github.com/triton-lang/triton/issues/9171, mended in Triton 3.7.
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patched

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from interpreted import mend
 from sides import Problem, Side, expected, problem
 
+from moebius.core.kernels.interpreter import mend
 from moebius.core.tolerance import within
 from moebius.jax_frontend import lean
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from interpreted import mend
 from kernel_draws import NAN, Where, check, exact
 from torch import Tensor
 
 from moebius.core import reference
 from moebius.core.kernels import plan_portable as plan
+from moebius.core.kernels.interpreter import mend
 from moebius.core.precision import Arithmetic, dtype_name
 from moebius.torch_frontend import launch
 
