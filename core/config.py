@@ -291,7 +291,8 @@ class BackendConfig(_FromAttributes):
         double_backward: keep each step of the experts in the graph, so that gradients have gradients (in Flax forward
             mode too), at the price of memory; by default the experts are one operator, differentiable once.
         remat: what the experts' backward pass computes again, one of REMATS: "none" keeps the activation's output too,
-            "act" x, the pre-activation and the routing, "full" x and the routing alone. PyTorch has "act" alone.
+            "act" x, the pre-activation and the routing, "full" x and the routing alone. PyTorch has "act" alone,
+            and Flax's "triton" takes "none" for it.
         permute, route: backends of these steps, one of STEP_BACKENDS; None for moebius' own. Flax alone. With "te" they
             have reverse mode alone, and with permute="te" every step of the experts is kept.
         enable_fsdp_optimizations: kept for the original's configs; has no effect here.

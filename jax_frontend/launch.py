@@ -22,13 +22,14 @@ from moebius.core.errors import BackendUnavailable
 from moebius.core.kernels import interpreter, plan, plan_grouped, plan_hopper, plan_portable
 from moebius.core.kernels.plan_grouped import Device
 from moebius.jax_frontend import older_triton
+from moebius.jax_frontend.matmul import device_of
 from moebius.jax_frontend.operators import opaque, varying_like
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 OLDEST = {"jax-triton": (0, 4, 1), "jaxlib": (0, 11, 1)}
-_H200 = Device((9, 0), 132)
+_H200 = Device((9, 0), 132)  # what is lowered for where there is no GPU
 
 
 def scatter_rows(x_SD: Float[Array, "S D"], row_of_slot_SK: Int[Array, "S K"]) -> Array:
@@ -182,7 +183,7 @@ def activated_product(
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
     biased, weighted = bias_eU is not None, row_weights_R is not None
-    launch = plan_hopper.activated_product(_device().processors, D, I, activation, biased, weighted)
+    launch = plan_hopper.activated_product(_where(rows_RD)[1].processors, D, I, activation, biased, weighted)
     given = rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4
     hidden_RU, act_RI = run(launch, *given, out=(_array(rows_RD.dtype, R, U), _array(rows_RD.dtype, R, I)))
     return hidden_RU, act_RI
@@ -202,7 +203,7 @@ def differentiated_product(
     dots [R, B] float32 are the parts of the routing weights' gradients; see `sum_dots`.
     """
     (R, D), I, dtype = dout_RD.shape, down_eID.shape[1], dout_RD.dtype
-    launch = plan_hopper.differentiated_product(_device().processors, D, I, activation, bias_eU is not None)
+    launch = plan_hopper.differentiated_product(_where(dout_RD)[1].processors, D, I, activation, bias_eU is not None)
     given = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
     out = _array(dtype, *hidden_RU.shape), _array(dtype, R, I), _array(jnp.float32, R, plan_hopper.dots(I))
     dhidden_RU, act_RI, dots_RB = run(launch, *given, out=out)
@@ -309,18 +310,17 @@ def _given(stand_in: Array, *arrays: Array | None) -> list[Array]:
 
 
 def _where(operand: Array) -> tuple[str, Device]:
-    return str(operand.dtype), _device()
+    if plan_grouped.interpreted():
+        return str(operand.dtype), plan_grouped.INTERPRETER
+    _, capability = device_of(operand)
+    return str(operand.dtype), _H200 if capability is None else Device(capability, _processors(capability))
 
 
 @cache
-def _device() -> Device:
-    if plan_grouped.interpreted():
-        return plan_grouped.INTERPRETER
-    found = jax.local_devices()[0]
-    major, _, minor = str(getattr(found, "compute_capability", "")).partition(".")
-    if not minor:
-        return _H200  # lowered where there is none
-    return Device((int(major), int(minor)), int(getattr(found, "core_count", _H200.processors)))
+def _processors(capability: tuple[int, int]) -> int:
+    wanted = ".".join(map(str, capability))
+    alike = (d for d in jax.local_devices(backend="gpu") if str(d.compute_capability) == wanted)
+    return int(getattr(next(alike, None), "core_count", _H200.processors))
 
 
 @cache

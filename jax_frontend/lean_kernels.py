@@ -41,7 +41,7 @@ def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weig
     kept = Kept(
         x_SD=x_SD,
         hidden_RU=None if how.remat == "full" else hidden_RU,
-        act_RI=None,  # the backward pass has it for nothing
+        act_RI=None,  # where steps are fused the backward pass has it for nothing
         slot_of_row_R=state.slot_of_row_R,
         row_of_slot_SK=row_of_slot_SK,
         group_sizes_e=group_sizes_e,

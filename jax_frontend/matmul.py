@@ -324,5 +324,5 @@ BACKENDS.add(
     install="pip install 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later",
     supports=plan_grouped.against,
     only_when_named=True,
-    note="moebius' own kernels for every step, with the bits of the PyTorch frontend's; fast on Hopper, as there",
+    note="moebius' own kernels for every step, with the bits of the PyTorch frontend's; fast where those are",
 )

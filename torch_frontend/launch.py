@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,6 +191,8 @@ def dot_rows(
 def list_tiles(group_sizes_e: Int[Tensor, " e"], n_rows: int, height: int) -> tuple[Tensor, Tensor]:
     """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows; tiles have `height` rows."""
     e = len(group_sizes_e)
+    if e == 0:
+        return group_sizes_e.new_zeros(1, 4), group_sizes_e.new_zeros(1)
     tiles_Q4 = _empty(group_sizes_e, 1 + plan_portable.tiles(n_rows, e, height), 4)
     starts_e = _empty(group_sizes_e, e + 1)
     run(plan_portable.list_tiles(e, height), group_sizes_e.contiguous(), tiles_Q4, starts_e)
@@ -298,9 +301,9 @@ def run(launch: plan.Launch, *arguments: Any) -> None:
 def _descriptor(operand: Tensor, block: tuple[int, ...]) -> Any:
     """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
     hopper = import_module("triton.experimental.gluon.nvidia.hopper")
-    return hopper.TensorDescriptor(
-        operand, list(operand.shape), list(operand.stride()), list(block), _layout(len(block))
-    )
+    shape = list(operand.shape)
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]  # torch's say nothing of an axis of one element
+    return hopper.TensorDescriptor(operand, shape, strides, list(block), _layout(len(block)))
 
 
 @cache
@@ -336,7 +339,7 @@ def _has_triton() -> bool:
 def _device_serves(device: torch.device) -> bool:
     if plan_grouped.interpreted():
         return True
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 The backward pass copies the rows and activates them again: two passes over memory instead of R * (D + I) elements
 held. It runs the very kernels of `experts.steps`, so both agree bit for bit (shown on a CPU; on a GPU the routing
-weights' gradient may differ in the last place where there are biases); but with `apply_router_weight_after_down` the
-gradients are computed as if the weight came before, which is the same function with other roundings.
+weights' gradient may differ in the last places where there are biases, or a backend fuses steps); but with
+`apply_router_weight_after_down` the gradients are computed as if the weight came before, which is the same function with
+other roundings.
 
 Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradient without the output rows.
 """
@@ -23,7 +24,7 @@ from moebius.torch_frontend.activate import Fields, activate_rows, activate_rows
 from moebius.torch_frontend.bias import dot_rows, sum_rows
 from moebius.torch_frontend.dispatch import Sent
 from moebius.torch_frontend.dtypes import accumulate_dtype, on
-from moebius.torch_frontend.matmul import Kernels, in_context, kernels
+from moebius.torch_frontend.matmul import Fused, Kernels, in_context, kernels
 from moebius.torch_frontend.operators import call, differentiate
 from moebius.torch_frontend.permute import scatter_rows, sort_routes, sum_dots, sum_slots
 
@@ -155,11 +156,18 @@ def _up(
     row_experts_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(pre-activation without its bias [R, U], its activation [R, I])."""
-    if len(rows_RD) and matmul.fused is not None and matmul.fused.serves(activation, w.down_eID):
-        return matmul.fused.up(rows_RD, w.up_eDU, prepared, row_weights_R, activation, w.up_bias_eU)
+    fused = _fused(matmul, activation, w.up_eDU, w)
+    if len(rows_RD) and fused is not None:
+        return fused.up(rows_RD, w.up_eDU, prepared, row_weights_R, activation, w.up_bias_eU)
     hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
     return hidden_RU, activate_rows(hidden_RU, row_weights_R, activation, **bias)
+
+
+def _fused(matmul: Kernels, activation: Activation, weight: Tensor, w: Weights) -> Fused | None:
+    """What computes a product with this weight together with the activation; None where two steps have to."""
+    fused = matmul.fused
+    return fused if fused is not None and weight.is_contiguous() and fused.serves(activation, w.down_eID) else None
 
 
 def _down_gradient(
@@ -175,10 +183,10 @@ def _down_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dhidden [R, U], ddown [e, I, D] or None, dots [R, B]: parts of the row weights' gradients but the bias')."""
     hidden_RU, row_weights_R, ddown_eID = kept.hidden_RU, kept.row_weights_R, None
-    if len(dout_RD) and matmul.fused is not None and matmul.fused.serves(activation, w.down_eID):
-        down_gradient = matmul.fused.down_gradient
+    fused = _fused(matmul, activation, w.down_eID, w)
+    if len(dout_RD) and fused is not None:
         given = hidden_RU, row_weights_R, activation, w.up_bias_eU, in_place
-        dhidden_RU, act_RI, dots_RB = down_gradient(dout_RD, w.down_eID, prepared, *given)
+        dhidden_RU, act_RI, dots_RB = fused.down_gradient(dout_RD, w.down_eID, prepared, *given)
         if needs_down:
             ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)
         return dhidden_RU, ddown_eID, dots_RB

@@ -116,7 +116,7 @@ def linear(
 
 def choose(backend: str | None, rows: Tensor, weight_shape: Any) -> Backend:
     """The registry row that serves `rows` against a weight of shape [e, D, F]; see Registry.choose."""
-    return _choose(backend, rows.device.type, str(rows.dtype), tuple(weight_shape), _capability(rows.device))
+    return _choose(backend, _kind(rows.device), str(rows.dtype), tuple(weight_shape), _capability(rows.device))
 
 
 @lru_cache(maxsize=4096)
@@ -132,6 +132,11 @@ def _choose(
         capability=capability,
     )
     return BACKENDS.choose(backend, problem)
+
+
+def _kind(device: torch.device) -> str:
+    """ROCm's devices call themselves CUDA's."""
+    return "rocm" if device.type == "cuda" and torch.version.hip is not None else device.type
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Backend "triton": the grouped products of core.kernels; on Hopper also fused with the activation.
 
-Nothing waits for the host. A weight is read as it lies, in either orientation; an operand is copied only where it is in
-neither, or starts between 16 bytes.
+Nothing waits for the host. A product reads a weight as it lies, in either orientation; an operand is copied only where
+it is in neither, or starts between 16 bytes. What is fused wants contiguous weights.
 """
 
 from __future__ import annotations

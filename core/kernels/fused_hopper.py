@@ -151,8 +151,9 @@ def differentiated_product(
     """dact = dout @ weight[expert of the row]^T, and of it dhidden, the weighted activation, and dots.
 
     dots[r, b] is the part of the gradient of row r's weight that a block of COLS columns has. dhidden may be hidden:
-    what is written was read, and nobody else reads it. dout is [R, D] by blocks of [64, DEEP], weight [E, I, D] by
-    [1, COLS / 2, DEEP], hidden [R, U] by [8, COLS]. A tile is 128 x COLS of dact.
+    what is written was read. The boxes that are copied of hidden reach beyond an expert's rows and a half's columns,
+    where other programs may be writing; what comes from there is masked. dout is [R, D] by blocks of [64, DEEP], weight
+    [E, I, D] by [1, COLS / 2, DEEP], hidden [R, U] by [8, COLS]. A tile is 128 x COLS of dact.
     """
     BLOCKS: gl.constexpr = (I + COLS - 1) // COLS
     shape: gl.constexpr = (D, True, COLS, DEEP, STAGES, BLOCKS, GROUP, COLS // 2, COLS)

@@ -34,12 +34,18 @@ def play(
         )
     mend()
     given = [value if isinstance(value, int) else np.ascontiguousarray(value) for value in arguments]
-    written = [np.zeros(shape, dtype) for shape, dtype in results]
+    written = [_unwritten(shape, dtype) for shape, dtype in results]
     file, function = launch.kernel.split(".")
     kernel = getattr(import_module(f"moebius.core.kernels.{file}"), function)
     pointers = [value if isinstance(value, int) else _pointer(value) for value in (*given, *written)]
     kernel[(launch.programs,)](*pointers, **launch.constants, **launch.options())
     return written
+
+
+def _unwritten(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Memory in which shows what is read before it is written."""
+    kind = np.dtype(dtype)
+    return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).max, kind)
 
 
 def _pointer(array: np.ndarray) -> Any:

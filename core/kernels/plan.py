@@ -31,7 +31,7 @@ class Launch:
     blocks: tuple[tuple[int, ...], ...] = ()
 
     def __hash__(self) -> int:
-        return hash((self.kernel, self.programs, *self.constants.values()))
+        return hash((self.kernel, self.programs, frozenset(self.constants.items())))
 
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""

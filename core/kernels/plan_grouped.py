@@ -39,6 +39,8 @@ def against(problem: Problem) -> str | None:
     if problem.device == "cpu" and interpreted():
         wrong = f"{_OWN} are wrong in bfloat16 under Triton's interpreter, which cuts digits off instead of rounding"
         return wrong if problem.dtype == "bfloat16" else None
+    if problem.device == "cuda" and interpreted():
+        return "Triton's interpreter is on (TRITON_INTERPRET=1), which computes on the CPU"
     if problem.device not in ("cuda", "meta"):  # what is on the meta device may come to any
         return f"{_OWN} compute on CUDA, not on {problem.device}"
     if problem.capability is not None and problem.capability < (8, 0):

@@ -17,7 +17,7 @@ _BLOCK = {"COLS": 256, "DEEP": 64, "STAGES": 3, "GROUP": 16}
 
 def serves(dtype: str, capability: tuple[int, int], *widths: int) -> bool:
     """Whether products of these widths are computed here: 16 bits on compute capability 9.0, in whole groups of 8."""
-    return dtype in ("bfloat16", "float16") and capability[0] == 9 and not any(width % 8 for width in widths)
+    return dtype in ("bfloat16", "float16") and capability == (9, 0) and not any(width % 8 for width in widths)
 
 
 @lru_cache(maxsize=1024)

@@ -31,11 +31,11 @@ def in_torch(p: Problem) -> dict[str, np.ndarray]:
     return Side("torch", "triton", "cpu").experts(p)
 
 
-def in_flax(p: Problem) -> dict[str, np.ndarray]:
+def in_flax(p: Problem, remat: str) -> dict[str, np.ndarray]:
     """By the rule itself: the registry asks for jax-triton, which the interpreter does not need."""
     names = "gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"
     w = lean.Weights(*(jnp.asarray(p.parameters[n], p.dtype) if n in p.parameters else None for n in names))
-    how = lean.How(p.config.activation, p.config.apply_router_weight_after_down, False, "triton", "triton", "act")
+    how = lean.How(p.config.activation, p.config.apply_router_weight_after_down, False, "triton", "triton", remat)
     ids = jnp.where(jnp.asarray(p.token_mask)[:, None], jnp.asarray(p.ids), p.config.n_routed_experts)
     x, weights = jnp.asarray(p.x, p.dtype), jnp.asarray(p.weights, p.weights_dtype).astype(jnp.float32)
 
@@ -52,12 +52,15 @@ def in_flax(p: Problem) -> dict[str, np.ndarray]:
 
 def check(dtype: str, settings: dict[str, Any]) -> None:
     p = problem(**{**SMALL, "dtype": dtype, **settings})
-    one, other = in_torch(p), in_flax(p)
+    one, other = in_torch(p), in_flax(p, "act")
     exact, limits = expected(p)
     assert one.keys() == other.keys() == exact.keys()
     for name, value in one.items():
         assert within(value, exact[name], limits[name]), f"{name} is not the reference's"
         np.testing.assert_array_equal(other[name], value, err_msg=f"{name} of Flax and of PyTorch")
+    for remat in ("none", "full") if settings == {} else ():
+        for name, value in in_flax(p, remat).items():
+            np.testing.assert_array_equal(value, other[name], err_msg=f"{name} with remat {remat}")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from moebius.core.activations import ACTIVATIONS
 from moebius.core.kernels import plan
-from moebius.torch_frontend import launch
+from moebius.torch_frontend import launch, matmul
 
 # Not bfloat16: the interpreter of triton 3.6 cuts digits off instead of rounding. tests/gpu has it.
 DTYPES = ("float32", "float16")
@@ -108,3 +108,11 @@ def test_parts_are_enough_however_the_rows_are_spread() -> None:
         n_rows, n_experts = generator.integers(1, 8 * length), generator.integers(1, 12)
         sizes = np.diff(np.sort(generator.integers(0, n_rows + 1, n_experts + 1)))
         assert (-(-sizes // length)).sum() <= plan.parts(int(n_rows), int(n_experts))
+
+
+def test_a_device_of_rocm_is_not_taken_for_one_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert matmul._kind(torch.device("cuda")) == "rocm" and matmul._kind(torch.device("cpu")) == "cpu"
+    launch._device_serves.cache_clear()
+    assert not launch._device_serves(torch.device("cuda"))
+    launch._device_serves.cache_clear()
