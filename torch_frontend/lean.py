@@ -3,8 +3,8 @@
 The backward pass copies the rows and activates them again: two passes over memory instead of R * (D + I) elements
 held. It runs the very kernels of `experts.steps`, so both agree bit for bit (shown on a CPU; on a GPU the routing
 weights' gradient may differ in the last places where there are biases, or a backend fuses steps); but with
-`apply_router_weight_after_down` the gradients are computed as if the weight came before, which is the same function with
-other roundings.
+`apply_router_weight_after_down` the gradients are computed as if the weight came before, which is the same function
+with other roundings.
 
 Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradient without the output rows.
 """
