@@ -9,8 +9,8 @@ What is kept has a name for the policies of jax.checkpoint: "moe_hidden", the pr
 its activation; "moe_y", the output. `jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(
 "moe_hidden"))` so keeps what `lean` keeps, and runs the up projection once; with "moe_y" too the down projection is run
 once also where f uses the output in a way that its gradient needs. The backend "triton" makes both values in one
-kernel: there "moe_hidden" is without its bias, and spares the up projection only beside "moe_act" or "moe_y", or where f's
-gradient does not need the output.
+kernel: there "moe_hidden" is without its bias, and spares the up projection only beside "moe_act" or "moe_y", or where
+f's gradient does not need the output.
 
 Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradient without the output rows.
 """
