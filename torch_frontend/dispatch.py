@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from moebius.core.registry import Problem, Registry
+from moebius.torch_frontend import launch
 from moebius.torch_frontend.dispatch_limits import Options, against, require_counts
 from moebius.torch_frontend.dtypes import promoted
+from moebius.torch_frontend.operators import unwatched
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -120,6 +122,8 @@ class During:
 
 def routed(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int, no_route: int) -> Tensor:
     """int32 ids, with `no_route` for a masked token, -1 and any id outside [0, n_experts)."""
+    if unwatched(ids_TK, token_mask_T) and launch.serves(ids_TK, token_mask_T):
+        return launch.mask_routes(ids_TK, token_mask_T, n_experts, no_route)
     here_TK = (ids_TK >= 0) & (ids_TK < n_experts) & token_mask_T[:, None]
     # Compared before it is narrowed, so that an int64 id beyond 2^31 cannot wrap into range.
     return torch.where(here_TK, ids_TK, no_route).to(torch.int32)

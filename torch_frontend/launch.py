@@ -7,10 +7,8 @@ bias.py). Nothing here waits for the device and all memory comes from torch: a C
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +16,10 @@ from torch import Tensor
 from moebius.core.activations import Activation
 from moebius.core.kernels import plan, plan_grouped, plan_hopper, plan_portable
 from moebius.core.kernels.plan_grouped import Device
-from moebius.torch_frontend.dtypes import on
+from moebius.torch_frontend.play import run
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +36,14 @@ def serves(*tensors: Tensor | None) -> bool:
     return all(_device_serves(tensor.device) for tensor in given)
 
 
+def mask_routes(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int, no_route: int) -> Tensor:
+    """[T, K] int32: the ids, `no_route` for those of a masked token and those outside [0, n_experts)."""
+    routed_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=ids_TK.device)
+    launch = plan.mask_routes(ids_TK.numel(), ids_TK.shape[1], n_experts, no_route)
+    run(launch, ids_TK.contiguous(), token_mask_T.contiguous(), ids_TK.numel(), routed_TK)
+    return routed_TK
+
+
 def sort_routes(
     ids_SK: Int[Tensor, "S K"], weights_SK: Float[Tensor, "S K"], n_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,16 +56,20 @@ def sort_routes(
     """
     ids_SK, weights_SK = ids_SK.contiguous(), weights_SK.contiguous()
     n_rows = ids_SK.numel()
+    slot_of_row_R, row_experts_R, row_weights_R = (_empty(t, n_rows) for t in (ids_SK, ids_SK, weights_SK))
+    row_of_slot_SK, group_sizes_e = torch.empty_like(ids_SK), _empty(ids_SK, n_experts)
+    if n_rows <= plan.FEW:
+        outputs = slot_of_row_R, row_of_slot_SK, group_sizes_e, row_experts_R, row_weights_R
+        run(plan.sort_few_routes(n_experts), ids_SK, weights_SK, n_rows, *outputs)
+        return outputs
     count, scan, place = plan.sort_routes(n_rows, n_experts)
     blocks = plan.slot_blocks(n_rows)
     counts_BN = _empty(ids_SK, blocks, plan.count_width(n_experts))
     before_BN = torch.empty_like(counts_BN)
-    slot_of_row_R, row_experts_R, row_weights_R = (_empty(t, n_rows) for t in (ids_SK, ids_SK, weights_SK))
-    row_of_slot_SK, group_sizes_e = torch.empty_like(ids_SK), _empty(ids_SK, n_experts)
     run(count, ids_SK, n_rows, counts_BN)
     run(scan, counts_BN, blocks, before_BN, group_sizes_e)
-    outputs = slot_of_row_R, row_of_slot_SK, row_experts_R, row_weights_R
-    run(place, ids_SK, weights_SK, before_BN, group_sizes_e, n_rows, *outputs)
+    written = slot_of_row_R, row_of_slot_SK, row_experts_R, row_weights_R
+    run(place, ids_SK, weights_SK, before_BN, group_sizes_e, n_rows, *written)
     return slot_of_row_R, row_of_slot_SK, group_sizes_e, row_experts_R, row_weights_R
 
 
@@ -288,30 +298,6 @@ def differentiated_product(
     return dhidden_RU, act_RI, dots_RB
 
 
-def run(launch: plan.Launch, *arguments: Any) -> None:
-    """Play one launch on the device of its first argument."""
-    if not launch.programs:
-        return
-    described = [_descriptor(a, block) for a, block in zip(arguments, launch.blocks, strict=False)]
-    with on(arguments[0].device):
-        kernel = _kernel(launch.kernel)[(launch.programs,)]
-        kernel(*described, *arguments[len(described) :], **launch.constants, **launch.options())
-
-
-def _descriptor(operand: Tensor, block: tuple[int, ...]) -> Any:
-    """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
-    hopper = import_module("triton.experimental.gluon.nvidia.hopper")
-    shape = list(operand.shape)
-    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]  # torch's say nothing of an axis of one element
-    return hopper.TensorDescriptor(operand, shape, strides, list(block), _layout(len(block)))
-
-
-@cache
-def _layout(rank: int) -> Any:
-    language = import_module("triton.experimental.gluon.language")
-    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
 def _where(operand: Tensor) -> tuple[str, Device]:
     return str(operand.dtype).removeprefix("torch."), _device(operand.device)
 
@@ -322,12 +308,6 @@ def _device(device: torch.device) -> Device:
         return plan_grouped.INTERPRETER
     found = torch.cuda.get_device_properties(device)
     return Device((found.major, found.minor), found.multi_processor_count)
-
-
-@cache
-def _kernel(name: str) -> Any:
-    file, function = name.split(".")
-    return getattr(import_module(f"moebius.core.kernels.{file}"), function)
 
 
 @cache

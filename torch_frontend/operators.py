@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn import Parameter
 
 from moebius.core.errors import Unsupported
 
@@ -67,6 +68,20 @@ def call(op: Any, *args: Any) -> Any:
     if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
         raise _no_forward_mode(op)
     return _FUNCTIONS[op].apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+
+
+def unwatched(*args: Any) -> bool:
+    """Whether these are ordinary tensors in an eager call that nothing but autograd follows, so that an operator may be
+    passed by: its way through torch.library takes as long on the host as several kernels of a small layer do.
+
+    Not while torch.compile traces, under torch.func, forward-mode differentiation or a mode that sees operators (fake
+    tensors, selective checkpointing), nor for tensors of a subclass.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
+        return False
+    return all(type(value) in (Tensor, Parameter) for value in args if isinstance(value, Tensor))
 
 
 def _has_tangent(value: Any) -> bool:

@@ -5,6 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
+@triton.jit(do_not_specialize=["N"])
+def mask_routes(
+    ids_N: tl.tensor,
+    token_mask_T: tl.tensor,
+    N: tl.tensor,
+    routed_N: tl.tensor,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    NO_ROUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """routed = ids in int32, NO_ROUTE for those of a masked token and those outside [0, E)."""
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slots < N
+    ids = tl.load(ids_N + slots, mask=inside, other=-1)
+    valid = tl.load(token_mask_T + slots // K, mask=inside, other=0) != 0
+    # Compared before it is narrowed, so that an id beyond 2^31 cannot wrap into range.
+    here = (ids >= 0) & (ids < E) & valid
+    tl.store(routed_N + slots, tl.where(here, ids, NO_ROUTE).to(tl.int32), mask=inside)
+
+
 # A stable counting sort in three kernels: count per block of slots, scan over the blocks, place. Integers alone, and
 # every position has one writer: no atomics, one result. Source: the classical radix pass; Cormen et al., 8.2.
 
@@ -79,15 +101,73 @@ def place_routes(
     weights = tl.load(weights_R + slots, mask=inside, other=0.0)
     bins = tl.arange(0, BINS)
     sizes = tl.load(group_sizes_e + bins, mask=bins < E, other=0)
-    starts = tl.cumsum(sizes, axis=0) - sizes
+    before = tl.load(before_BN + block * WIDTH + ids, mask=inside, other=0)
+    rows = _rows(ids_R, R, block * BLOCK, ids, tl.cumsum(sizes, axis=0) - sizes, BLOCK, CHUNK) + before
+    _write_order(slots, inside, ids, weights, rows, slot_of_row_R, row_of_slot_R, row_experts_R, row_weights_R, E)
+
+
+@triton.jit(do_not_specialize=["R"])
+def sort_few_routes(
+    ids_R: tl.tensor,
+    weights_R: tl.tensor,
+    R: tl.tensor,
+    slot_of_row_R: tl.tensor,
+    row_of_slot_R: tl.tensor,
+    group_sizes_e: tl.tensor,
+    row_experts_R: tl.tensor,
+    row_weights_R: tl.tensor,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """What the three kernels above do, of one block of slots: one program."""
+    slots = tl.arange(0, BLOCK)
+    inside = slots < R
+    ids = tl.load(ids_R + slots, mask=inside, other=E)
+    weights = tl.load(weights_R + slots, mask=inside, other=0.0)
+    bins = tl.arange(0, BINS)
+    sizes = tl.histogram(ids, BINS)
+    tl.store(group_sizes_e + bins, sizes, mask=bins < E)
+    rows = _rows(ids_R, R, 0, ids, tl.cumsum(sizes, axis=0) - sizes, BLOCK, CHUNK)
+    _write_order(slots, inside, ids, weights, rows, slot_of_row_R, row_of_slot_R, row_experts_R, row_weights_R, E)
+
+
+@triton.jit
+def _rows(
+    ids_R: tl.tensor,
+    R: tl.tensor,
+    first_slot: tl.tensor,
+    ids: tl.tensor,
+    starts: tl.tensor,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> tl.tensor:
+    """First row of a slot's expert + equal ids earlier in its block."""
+    here = tl.arange(0, BLOCK)
     rows = tl.gather(starts, ids, axis=0)
-    rows += tl.load(before_BN + block * WIDTH + ids, mask=inside, other=0)
     for first in range(0, BLOCK, CHUNK):
         others = first + tl.arange(0, CHUNK)
-        other_ids = tl.load(ids_R + block * BLOCK + others, mask=block * BLOCK + others < R, other=-1)
+        other_ids = tl.load(ids_R + first_slot + others, mask=first_slot + others < R, other=-1)
         # Summed over the first axis: there each thread has all of a slot's comparisons to itself.
         earlier = (other_ids[:, None] == ids[None, :]) & (others[:, None] < here[None, :])
         rows += tl.sum(earlier.to(tl.int32), axis=0)
+    return rows
+
+
+@triton.jit
+def _write_order(
+    slots: tl.tensor,
+    inside: tl.tensor,
+    ids: tl.tensor,
+    weights: tl.tensor,
+    rows: tl.tensor,
+    slot_of_row_R: tl.tensor,
+    row_of_slot_R: tl.tensor,
+    row_experts_R: tl.tensor,
+    row_weights_R: tl.tensor,
+    E: tl.constexpr,
+) -> None:
     routed = ids < E
     tl.store(row_of_slot_R + slots, tl.where(routed, rows, -1), mask=inside)
     tl.store(slot_of_row_R + rows, slots, mask=inside)

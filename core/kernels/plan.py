@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 from moebius.core.activations import Activation
+
+_CODES: dict[tuple[Any, ...], int] = {}
+_NUMBERS = count()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +25,7 @@ class Launch:
         registers: of a thread at most, before warps with several tasks share them out; None for the compiler's choice.
         blocks: of as many first arguments, the blocks in which the tensor memory accelerator copies them: the launcher
             hands over a descriptor of each.
+        code: a number in this process, the same for launches whose code differs in nothing but the arguments' dtypes.
     """
 
     kernel: str
@@ -29,9 +34,14 @@ class Launch:
     num_warps: int = 4
     registers: int | None = None
     blocks: tuple[tuple[int, ...], ...] = ()
+    code: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        code = (self.kernel, tuple(self.constants.items()), self.num_warps, self.registers, self.blocks)
+        object.__setattr__(self, "code", _CODES.setdefault(code, next(_NUMBERS)))
 
     def __hash__(self) -> int:
-        return hash((self.kernel, self.programs, frozenset(self.constants.items())))
+        return hash((self.code, self.programs))
 
     def options(self) -> dict[str, Any]:
         """Options of the compiler."""
@@ -77,6 +87,13 @@ def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+@lru_cache(maxsize=1024)
+def mask_routes(n_slots: int, k: int, n_experts: int, no_route: int) -> Launch:
+    """n_slots ids, k a token."""
+    constants = {"K": k, "E": n_experts, "NO_ROUTE": no_route, "BLOCK": 512}
+    return Launch(kernel="permute.mask_routes", programs=blocks(n_slots, 512), constants=constants)
+
+
 def slot_blocks(n_rows: int) -> int:
     """Blocks that `sort_routes` cuts its slots into: rows of its scratch."""
     return blocks(n_rows, _SLOTS)
@@ -98,6 +115,16 @@ def sort_routes(n_rows: int, n_experts: int) -> tuple[Launch, Launch, Launch]:
         Launch(kernel="permute.scan_counts", programs=width // 8, constants=scan, num_warps=8),
         Launch(kernel="permute.place_routes", programs=blocked, constants={**shared, "CHUNK": 32}),
     )
+
+
+FEW = 256  # routes that one program sorts
+
+
+@lru_cache(maxsize=1024)
+def sort_few_routes(n_experts: int) -> Launch:
+    """What `sort_routes` does of up to FEW rows."""
+    constants = {"E": n_experts, "BINS": _power(n_experts + 1), "BLOCK": FEW, "CHUNK": 32}
+    return Launch(kernel="permute.sort_few_routes", programs=1, constants=constants)
 
 
 @lru_cache(maxsize=1024)

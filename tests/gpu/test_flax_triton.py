@@ -71,7 +71,7 @@ def code_of(ptx: str) -> str:
 
 def test_kernels_of_both_frontends_are_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from moebius.jax_frontend import older_triton
-    from moebius.torch_frontend import launch
+    from moebius.torch_frontend import launch, play
 
     made: dict[str, list[str]] = {}
     compiled = older_triton._Counting.TritonKernel
@@ -92,7 +92,7 @@ def test_kernels_of_both_frontends_are_the_same_code(monkeypatch: pytest.MonkeyP
     for biased, activation in [(False, "swiglu"), (True, "quick_geglu")]:  # sizes that no other test has compiled for
         sizes = {**SMALL, "dim": 152, "inter": 1032, "n_experts": 7}
         equal(cached_problem(expert_activation=activation, expert_bias=biased, **sizes))
-    ours = {code_of(kernel.asm["ptx"]) for name in names for kernel in _compiled(launch._kernel(name))}
+    ours = {code_of(kernel.asm["ptx"]) for name in names for kernel in _compiled(play.kernel_of(name))}
     sorting = {"count_routes", "scan_counts", "place_routes"}  # integers alone, which JAX sorts itself
     assert {name.split(".")[1] for name in names} - sorting == made.keys()
     for name, codes in made.items():

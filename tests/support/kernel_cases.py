@@ -25,6 +25,7 @@ from kernel_checks import (
     fuses,
     gathers,
     keeps_nan,
+    masks,
     scans,
     scatters,
     sorts,
@@ -41,12 +42,16 @@ from moebius.core.activations import ACTIVATIONS
 SWIGLU, OAI, PAIRS = (ACTIVATIONS[name] for name in ("swiglu", "swigluoai", "quick_geglu"))
 
 CASES: dict[str, Callable[[Where], None]] = {
+    "mask_routes of 32 bits": partial(masks, dtype=torch.int32),
+    "mask_routes of 64 bits": partial(masks, dtype=torch.int64),
     "sort_routes of several blocks": partial(sorts, tokens=150, k=3, n_experts=5),
     "sort_routes of no token": partial(sorts, tokens=0, k=3, n_experts=5),
+    "sort_routes of one block": partial(sorts, tokens=43, k=3, n_experts=5),
+    "sort_routes of as many as one program takes": partial(sorts, tokens=64, k=4, n_experts=130),
     "sort_routes of one token": partial(sorts, tokens=1, k=3, n_experts=5),
-    "sort_routes of one expert": partial(sorts, tokens=70, k=1, n_experts=1),
-    "sort_routes all to one expert": partial(sorts, tokens=100, k=2, n_experts=7, ids=3),
-    "sort_routes without a route": partial(sorts, tokens=100, k=2, n_experts=7, ids=7),
+    "sort_routes of one expert": partial(sorts, tokens=300, k=1, n_experts=1),
+    "sort_routes all to one expert": partial(sorts, tokens=150, k=2, n_experts=7, ids=3),
+    "sort_routes without a route": partial(sorts, tokens=150, k=2, n_experts=7, ids=7),
     "sort_routes of more experts than routes": partial(sorts, tokens=40, k=8, n_experts=1500),
     "sort_routes of 1023 experts": partial(sorts, tokens=40, k=8, n_experts=1023),
     "scan_counts in several steps": scans,

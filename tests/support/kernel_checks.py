@@ -19,6 +19,17 @@ from moebius.torch_frontend.permute import Order
 # ------------------------------------------------------------------------------------------------------------ routes
 
 
+def masks(where: Where, dtype: torch.dtype) -> None:
+    wide = 1 << 40 if dtype is torch.int64 else 1 << 30
+    ids = np.array([[0, 3], [4, 2], [-1, 1], [wide, -wide], [1, 0]] * 60)
+    token_mask = np.arange(300) % 5 != 4
+    given = torch.from_numpy(ids).to(where.device, dtype), torch.from_numpy(token_mask).to(where.device)
+    routed = launch.mask_routes(*given, 4, 9)
+    assert routed.dtype == torch.int32
+    wanted = np.where((ids >= 0) & (ids < 4) & token_mask[:, None], ids, 9)
+    np.testing.assert_array_equal(exact(routed), wanted)
+
+
 def sorts(where: Where, tokens: int, k: int, n_experts: int, ids: int | None = None) -> None:
     ids_SK = where.ids(tokens, k, n_experts)
     if ids is not None:

@@ -1,0 +1,110 @@
+"""Launches played on tensors: Triton's own way once, then the compiled kernel alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moebius.core.kernels.plan import Launch
+from moebius.torch_frontend import play
+
+pytest.importorskip("triton")
+
+
+class Compiled:
+    def __init__(self, calls: list[Any]):
+        self.calls = calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+class Kernel:
+    """Stands in for a kernel of Triton: what it compiles tells of its calls."""
+
+    arg_names = ("rows", "R", "out", "WIDE", "DEEP")
+
+    def __init__(self, interpreted: bool = False):
+        self.first: list[Any] = []
+        self.later: list[Any] = []
+        self.interpreted = interpreted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def call(*arguments: Any, **constants: Any) -> Any:
+            self.first.append((grid, arguments, constants))
+            return None if self.interpreted else Compiled(self.later)
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    made = Kernel()
+    monkeypatch.setattr(play, "kernel_of", lambda name: made)
+    monkeypatch.setattr(play, "_compiled", {})
+    return made
+
+
+def launch(programs: int = 3, deep: int = 64, blocks: tuple[tuple[int, ...], ...] = ()) -> Launch:
+    # In another order than the kernel declares them.
+    return Launch(kernel="file.name", programs=programs, constants={"DEEP": deep, "WIDE": 8}, blocks=blocks)
+
+
+ROWS, OUT = torch.zeros(4, 8), torch.zeros(4, 8)
+
+
+def test_run_a_second_time_calls_the_compiled_kernel_with_constants_in_order(kernel: Kernel) -> None:
+    play.run(launch(), ROWS, 4, OUT)
+    play.run(launch(programs=5), ROWS, 4, OUT)
+    assert [grid for grid, *_ in kernel.first] == [(3,)]
+    ((grid, arguments),) = kernel.later
+    assert grid == (5, 1, 1) and arguments[0] is ROWS and arguments[1:] == (4, OUT, 8, 64)
+
+
+def test_run_without_programs_launches_nothing(kernel: Kernel) -> None:
+    play.run(launch(programs=0), ROWS, 4, OUT)
+    assert not kernel.first and not kernel.later
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param((torch.zeros(4, 8, dtype=torch.bfloat16), 4, OUT), id="a dtype"),
+        pytest.param((torch.zeros(33)[1:].view(4, 8), 4, OUT), id="an address between 16 bytes"),
+        pytest.param((ROWS, 1 << 31, OUT), id="an integer of 64 bits"),
+    ],
+)
+def test_run_of_arguments_that_triton_tells_apart_goes_its_way_again(kernel: Kernel, other: Any) -> None:
+    play.run(launch(), ROWS, 4, OUT)
+    play.run(launch(), *other)
+    assert len(kernel.first) == 2 and not kernel.later
+
+
+def test_run_of_another_code_goes_tritons_way_again(kernel: Kernel) -> None:
+    play.run(launch(), ROWS, 4, OUT)
+    play.run(launch(deep=32), ROWS, 4, OUT)
+    assert len(kernel.first) == 2 and not kernel.later
+
+
+def test_run_under_the_interpreter_goes_tritons_way_each_time(kernel: Kernel) -> None:
+    kernel.interpreted = True
+    for _ in range(2):
+        play.run(launch(), ROWS, 4, OUT)
+    assert len(kernel.first) == 2
+
+
+def test_run_a_second_time_hands_over_the_descriptor_of_the_first(kernel: Kernel) -> None:
+    rows, names = torch.zeros(128, 64, dtype=torch.bfloat16), ("shape", "strides", "block_shape", "layout")
+    for _ in range(2):
+        play.run(launch(blocks=((64, 64),)), rows, 4, OUT)
+    ((_, (first, *_), _),), ((_, (later, *_)),) = kernel.first, kernel.later
+    assert type(later) is type(first) and later.base is rows and later.padding == first.padding
+    assert [getattr(later, name) for name in names] == [getattr(first, name) for name in names]
+
+
+def test_launches_of_other_constants_or_options_are_other_code() -> None:
+    assert launch().code == launch(programs=9).code
+    others = [launch(deep=32), launch(blocks=((8, 8),)), Launch(kernel="file.other", programs=3, constants={})]
+    assert len({one.code for one in [launch(), *others]}) == 4
