@@ -2,18 +2,21 @@
 
 A backend is one row: an operation, a name, a loader, what it needs, and `supports(problem)`, which returns None or the
 reason it cannot serve. A name means that backend or an error; None means the first in declared order that is
-available and supports the problem.
+available and supports the problem, after those that were measured to be the fastest for such a problem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+from moebius.core.config import MoEConfig
 from moebius.core.errors import BackendUnavailable, ConfigError, MoEError, Unsupported
+
+_LAYER = "@"  # before the widths of a layer, in place of a backend's name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,9 +26,12 @@ class Problem:
     Attributes:
         device: "cpu" or "cuda".
         dtype: of rows and weights.
-        dim: D. inter_dim: I. n_experts: e, experts held here.
+        dim: D. inter_dim: I. n_experts: e, experts held here. Of a product alone: the matrices' [e, D, I].
         capability: CUDA compute capability; None elsewhere.
         ranks: expert-parallel ranks.
+        up_width: U of a whole layer of experts, both of whose products are asked for: [e, D, U] and [e, I, D]; None for
+            one product alone, and for what is no product.
+        rows: R, of all experts held here together; None for many, as in training.
     """
 
     device: str
@@ -35,9 +41,24 @@ class Problem:
     n_experts: int
     capability: tuple[int, int] | None = None
     ranks: int = 1
+    up_width: int | None = None
+    rows: int | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype} on {self.device}, D={self.dim}, I={self.inter_dim}, {self.n_experts} experts"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """D, I and, of a whole layer, U."""
+        return (self.dim, self.inter_dim) if self.up_width is None else (self.dim, self.inter_dim, self.up_width)
+
+    @property
+    def products(self) -> tuple[Problem, ...]:
+        """What a backend has to serve: the products of a whole layer, else the problem itself."""
+        if self.up_width is None:
+            return (self,)
+        up = replace(self, inter_dim=self.up_width, up_width=None)
+        return up, replace(self, dim=self.inter_dim, inter_dim=self.dim, up_width=None)
 
 
 def _serves_all(problem: Problem) -> str | None:
@@ -46,6 +67,10 @@ def _serves_all(problem: Problem) -> str | None:
 
 def _nothing() -> None:
     return None
+
+
+def _unmeasured(problem: Problem, names: Sequence[str]) -> Sequence[str]:
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +85,7 @@ class Backend:
         install: the command that brings them.
         supports: None where the backend serves the problem, else the reason in words.
         only_when_named: never chosen by default.
+        when_measured: chosen by default only where it was measured; see Registry.
         reads_host: fetches device values to the host in each call.
         note: one line for the table of `explain`.
         says: what the loaded backend says of how it computes here, in words, for `moebius doctor`; None for nothing.
@@ -73,6 +99,7 @@ class Backend:
     install: str = ""
     supports: Callable[[Problem], str | None] = _serves_all
     only_when_named: bool = False
+    when_measured: bool = False
     reads_host: bool = False
     note: str = ""
     says: Callable[[], str] | None = None
@@ -83,10 +110,31 @@ class Backend:
         absent = [package for package in self.needs if _absent(package)]
         return f"not installed: {', '.join(absent)}" if absent else None
 
+    def against(self, problem: Problem) -> str | None:
+        """Why it does not serve every product of a problem, in words; None where it does."""
+        return next((reason for each in problem.products if (reason := self.supports(each)) is not None), None)
+
 
 @cache
 def _absent(package: str) -> bool:
     return find_spec(package) is None
+
+
+def of_layer(backend: str | None, config: MoEConfig) -> str:
+    """A name for one product of the experts of `config`: `backend`, or for None what is chosen for them all.
+
+    So it can be chosen where the rows are known; see `layer_of`.
+    """
+    c = config
+    return backend or f"{_LAYER}{c.expert_dim},{c.moe_inter_dim},{c.activation.up_width(c.moe_inter_dim)}"
+
+
+def layer_of(backend: str | None) -> tuple[int, int, int] | None:
+    """(D, I, U) of a layer where `of_layer` made the name, else None."""
+    if backend is None or not backend.startswith(_LAYER):
+        return None
+    dim, inter_dim, width = map(int, backend.removeprefix(_LAYER).split(","))
+    return dim, inter_dim, width
 
 
 @dataclass
@@ -96,10 +144,13 @@ class Registry:
     Attributes:
         frontend: for messages, e.g. "moebius.torch_frontend".
         operation: what all rows compute.
+        measured: (problem, names that can serve it) -> those of them that were measured for such problems, the fastest
+            first; they come before the others. See moebius.core.measured.
     """
 
     frontend: str
     operation: str
+    measured: Callable[[Problem, Sequence[str]], Sequence[str]] = _unmeasured
     _rows: dict[str, Backend] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict)
     _broken: dict[str, str] = field(default_factory=dict)
@@ -131,7 +182,7 @@ class Registry:
         """The backend that `name` means for `problem`.
 
         Args:
-            name: a declared name, or None for the first that is available and supports the problem.
+            name: a declared name, or None for the first of `ranked`.
         Raises:
             ConfigError: no backend of that name.
             BackendUnavailable: it needs a package that is not here, or whose import fails; says how.
@@ -143,7 +194,7 @@ class Registry:
         if name not in self._rows:
             raise ConfigError(asked, f"the backends {self.names}", "name one of them, or None to choose")
         backend = self._rows[name]
-        missing, reason = backend.missing(), backend.supports(problem)
+        missing, reason = backend.missing(), backend.against(problem)
         if missing is not None:
             # Both are said, since installing alone would not help.
             found = missing if reason is None else f"{missing}; and {reason}"
@@ -176,26 +227,44 @@ class Registry:
             self._loaded[backend.name] = backend.load()
         return self._loaded[backend.name]
 
-    def explain(self, problem: Problem) -> list[tuple[str, str]]:
+    def candidates(self, problem: Problem, *, installed: bool = True) -> list[Backend]:
+        """Those that None may mean for a problem, in declared order.
+
+        Args:
+            installed: leave out what is not; False for a machine on which every package is.
+        """
+        able = [row for row in self._rows.values() if not row.only_when_named and row.against(problem) is None]
+        if not installed:
+            return able
+        return [row for row in able if row.missing() is None and row.name not in self._broken]
+
+    def ranked(self, problem: Problem, *, installed: bool = True) -> list[Backend]:
+        """`candidates` in the order in which None tries them: what was measured, then the others as declared."""
+        able = self.candidates(problem, installed=installed)
+        fastest = [self._rows[name] for name in self.measured(problem, [row.name for row in able])]
+        return fastest + [row for row in able if row not in fastest and not row.when_measured]
+
+    def explain(self, problem: Problem, *, installed: bool = True) -> list[tuple[str, str]]:
         """(name, "chosen", "available", or the reason against) of every backend, in declared order.
 
         Loads nothing: a package that is installed and does not load is told of once `choose` has tried it.
+
+        Args:
+            installed: as of `candidates`.
         """
-        rows, chosen = [], False
-        for backend in self._rows.values():
-            reason = backend.missing() or backend.supports(problem) or self._broken.get(backend.name)
-            state = reason or ("available when named" if backend.only_when_named else "available")
-            if reason is None and not chosen and not backend.only_when_named:
-                state, chosen = "chosen", True
-            rows.append((backend.name, state))
+        ranked = [backend.name for backend in self.ranked(problem, installed=installed)]
+        rows = []
+        for name, backend in self._rows.items():
+            missing, broken = (backend.missing(), self._broken.get(name)) if installed else (None, None)
+            state = "available" if name in ranked else "available when named"
+            reason = missing or backend.against(problem) or broken
+            rows.append((name, reason or ("chosen" if name in ranked[:1] else state)))
         return rows
 
     def _first(self, problem: Problem) -> Backend:
-        for backend in self._rows.values():
-            if backend.only_when_named or backend.missing() is not None or backend.supports(problem) is not None:
-                continue
-            if self.broken(backend) is None:
-                return backend
+        while ranked := self.ranked(problem):  # without those that turned out not to load
+            if self.broken(ranked[0]) is None:
+                return ranked[0]
         reasons = "; ".join(f"{name}: {state}" for name, state in self.explain(problem))
         raise Unsupported(f"{self.operation} of {self.frontend} for {problem}", reasons, "change the dtype or install")
 

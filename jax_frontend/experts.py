@@ -10,6 +10,7 @@ from jax import Array
 from moebius.core import checks, layout
 from moebius.core.config import REMATS, MoEConfig
 from moebius.core.errors import ConfigError
+from moebius.core.registry import of_layer
 from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
@@ -117,6 +118,7 @@ def steps(
     permute_backend: str | None = None,
 ) -> Array:
     """Steps 4 to 8, one after the other: [S, D], each token's rows summed, promoted where `partial`; see `experts`."""
+    backend = of_layer(backend, config)
     rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(
         sent, p["down_projs"].shape[0], backend=permute_backend
     )

@@ -77,11 +77,19 @@ class _Experts(nnx.Module):
             setattr(self, row.name, new_parameter(row, rngs, **made))
         # Chosen for the dtype it will most likely see, so that a backend that cannot serve is refused here already.
         self._backend_asked = self.backend.experts or default_backend
-        rows = self._no_rows()
-        chosen = [choose(self._backend_asked, rows, w.shape).name for w in (self.gate_and_up_projs, self.down_projs)]
-        self.backend_name = chosen[0].partition("+")[0]  # without what the context asks of it
+        self._choose_backend()
         if self.backend.permute is not None:
-            choose_permuter(self.backend.permute, rows, self.n_routed_experts)
+            choose_permuter(self.backend.permute, self._no_rows(), self.n_routed_experts)
+
+    @property
+    def backend_name(self) -> str:
+        """Of the grouped matmul: what was named, or chosen for many tokens on the device in force."""
+        return self._backend_asked or self._choose_backend()
+
+    def _choose_backend(self) -> str:
+        """For the dtype that it will most likely see."""
+        up, down = self.gate_and_up_projs.shape, self.down_projs.shape
+        return choose(self._backend_asked, self._no_rows(), up, down).name
 
     def __call__(self, x: Array, token_mask: Array, weights: Array, indices: Array) -> Array:
         """[T, D] in the compute dtype (`dtype` of the constructor, else x's); see `experts`.
@@ -194,7 +202,7 @@ class GroupedExperts(_Experts):
     Args:
         config: MoEConfig, or any object with its attributes.
         backend: BackendConfig, or any object with its attributes, or None. `experts` names the grouped matmul's
-            backend; None takes the first that supports the problem.
+            backend; None takes the fastest that was measured for such a problem, else the first that supports it.
         dtype: to compute in; None for x's. param_dtype: to store in; None for the config's.
         kernel_init: (key, shape, dtype) -> array for the matrices; None for N(0, 0.02).
         kernel_metadata: of the matrices' nnx.Param, e.g. {"out_sharding": ("expert", None, None)}; None for none. In
@@ -213,7 +221,8 @@ class GroupedExperts(_Experts):
         gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
         expert_activation_grouped: assign (hidden [R, U], weights [R, 1]) -> [R, I] to compute that instead of the
             config's activation; None for the config's. A part of what jit compares: assign one function to all layers.
-        backend_name: the grouped matmul's backend, chosen at construction.
+        backend_name: the grouped matmul's backend: what was named, or the choice for many tokens on the device in
+            force; a call of few rows may take another.
         tap: see `experts`; `untapped` by default. Over a mesh of the stage "combine" alone, whose rows are all tokens'.
 
     Raises:

@@ -164,11 +164,10 @@ def grouped_weight_gradient(
     return run(launch, rows_RD, dout_RF, starts_e, out=_array(rows_RD.dtype, e, D, F))[0]
 
 
-def fuses(activation: Activation, down_eID: Float[Array, "e I D"]) -> bool:
-    """Whether `activated_product` and `differentiated_product` compute this activation, of experts like these."""
+def fuses(down_eID: Float[Array, "e I D"]) -> bool:
+    """Whether `activated_product` and `differentiated_product` compute experts like these."""
     _, I, D = down_eID.shape
-    dtype, device = _where(down_eID)
-    return plan_grouped.fuses(activation, dtype, device, D, I)
+    return plan_grouped.fuses(*_where(down_eID), D, I)
 
 
 def activated_product(
@@ -182,8 +181,10 @@ def activated_product(
     """(`grouped_product`, its `activate_rows`); see `fuses`."""
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
-    biased, weighted = bias_eU is not None, row_weights_R is not None
-    launch = plan_hopper.activated_product(_where(rows_RD)[1].processors, D, I, activation, biased, weighted)
+    processors = _where(rows_RD)[1].processors
+    few = plan_hopper.few(R, up_eDU.shape[0], U, processors)
+    told = D, I, activation, bias_eU is not None, row_weights_R is not None
+    launch = plan_hopper.activated_product(processors, *told, few)
     given = rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4
     hidden_RU, act_RI = run(launch, *given, out=(_array(rows_RD.dtype, R, U), _array(rows_RD.dtype, R, I)))
     return hidden_RU, act_RI

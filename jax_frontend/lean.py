@@ -74,13 +74,12 @@ class Kept(NamedTuple):
 
 
 class How(NamedTuple):
-    """What the rule is told beside arrays; see `lean`. Backends by name, one a projection."""
+    """What the rule is told beside arrays; see `lean`. The backend by name, one for both projections."""
 
     activation: Activation
     after: bool
     partial: bool
-    up_backend: str
-    down_backend: str
+    backend: str
     remat: str
 
 
@@ -98,12 +97,12 @@ def lean(
         Unsupported: in forward mode, or when its gradient is differentiated.
     """
     weights = Weights(p["gate_and_up_projs"], p["down_projs"], p.get("gate_up_proj_bias"), p.get("down_proj_bias"))
+    chosen = choose(backend, sent.x_SD, weights.up_eDU.shape, weights.down_eID.shape, sent.ids_SK.size).name
     how = How(
         activation=config.activation,
         after=config.apply_router_weight_after_down,
         partial=partial,
-        up_backend=choose(backend, sent.x_SD, weights.up_eDU.shape).name,
-        down_backend=choose(backend, sent.x_SD, weights.down_eID.shape).name,
+        backend=chosen,
         remat=remat,
     )
     arrays, tree = jax.tree.flatten((*sent, weights))
@@ -113,7 +112,7 @@ def lean(
 
 def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weights, how: How) -> tuple[Array, Kept]:
     """(y_SD, what `backward` needs)."""
-    if how.up_backend == how.down_backend == "triton":
+    if how.backend == "triton":
         from moebius.jax_frontend import lean_kernels
 
         return lean_kernels.forward(x_SD, weights_SK, ids_SK, w, how)
@@ -123,7 +122,7 @@ def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weig
     before_R, after_R = (None, row_weights_R) if how.after else (row_weights_R, None)
     hidden_RU = checkpoint_name(_hidden(rows_RD, w, group_sizes_e, row_experts_R, how), "moe_hidden")
     act_RI = checkpoint_name(activated(hidden_RU, before_R, how.activation, _wide(w.up_bias_eU)), "moe_act")
-    out_RD = product(how.down_backend, act_RI, w.down_eID, group_sizes_e, raw=True)
+    out_RD = product(how.backend, act_RI, w.down_eID, group_sizes_e, raw=True)
     out_RD = add_bias(out_RD, w.down_bias_eD, row_experts_R, before_R)
     wide = _wide(w.down_bias_eD)
     y_SD = checkpoint_name(_sum_slots(out_RD, state, group_sizes_e, after_R, wide, partial=how.partial), "moe_y")
@@ -142,7 +141,7 @@ def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weig
 
 def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tuple[Array, Array, Weights]:
     """Gradients of (x, weights, parameters); under jit XLA drops those that nobody reads."""
-    if how.up_backend == how.down_backend == "triton":
+    if how.backend == "triton":
         from moebius.jax_frontend import lean_kernels
 
         return lean_kernels.backward(dy_SD, kept, w, how)
@@ -161,8 +160,8 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
         act_RI = again_RI
     elif how.after:
         act_RI = (widened(act_RI) * row_weights_R[:, None]).astype(act_RI.dtype)
-    ddown_eID = weight_gradient(how.down_backend, only(act_RI), dout_RD, group_sizes_e, raw=True)
-    dact_RI = product(how.down_backend, dout_RD, w.down_eID, group_sizes_e, transposed=True, raw=True)
+    ddown_eID = weight_gradient(how.backend, only(act_RI), dout_RD, group_sizes_e, raw=True)
+    dact_RI = product(how.backend, dout_RD, w.down_eID, group_sizes_e, transposed=True, raw=True)
     dhidden_RU, drow_weights_R = activate_vjp(dact_RI)
     dhidden_RU = only(dhidden_RU)
     dup_bias_eU = ddown_bias_eD = None
@@ -171,15 +170,15 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
         drow_weights_R = drow_weights_R + _dot_rows(dout_RD, w.down_bias_eD, row_experts_R)
     if w.up_bias_eU is not None:
         dup_bias_eU = _sum_rows(dhidden_RU, group_sizes_e)
-    dup_eDU = weight_gradient(how.up_backend, rows_RD, dhidden_RU, group_sizes_e, raw=True)
-    drows_RD = product(how.up_backend, dhidden_RU, w.up_eDU, group_sizes_e, transposed=True, raw=True)
+    dup_eDU = weight_gradient(how.backend, rows_RD, dhidden_RU, group_sizes_e, raw=True)
+    drows_RD = product(how.backend, dhidden_RU, w.up_eDU, group_sizes_e, transposed=True, raw=True)
     dx_SD = _sum_slots(drows_RD, state, group_sizes_e)
     dweights_SK = _of_slots(drow_weights_R, state, group_sizes_e)
     return dx_SD, dweights_SK, Weights(dup_eDU, ddown_eID, dup_bias_eU, ddown_bias_eD)
 
 
 def _hidden(rows_RD: Array, w: Weights, group_sizes_e: Array, row_experts_R: Array | None, how: How) -> Array:
-    hidden_RU = product(how.up_backend, rows_RD, w.up_eDU, group_sizes_e, raw=True)
+    hidden_RU = product(how.backend, rows_RD, w.up_eDU, group_sizes_e, raw=True)
     return hidden_RU if row_experts_R is None else add_bias(hidden_RU, w.up_bias_eU, row_experts_R)
 
 

@@ -91,7 +91,7 @@ def _up(
     rows_RD: Array, w: Weights, tiles_Q4: Array, row_weights_R: Array | None, row_experts_R: Array, how: How
 ) -> tuple[Array, Array]:
     """(pre-activation without its bias [R, U], its activation [R, I])."""
-    if launch.fuses(how.activation, w.down_eID):
+    if launch.fuses(w.down_eID):
         return launch.activated_product(rows_RD, w.up_eDU, tiles_Q4, row_weights_R, how.activation, w.up_bias_eU)
     hidden_RU = launch.grouped_product(rows_RD, w.up_eDU, tiles_Q4, False)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
@@ -109,7 +109,7 @@ def _down_gradient(
 ) -> tuple[Array, Array, Array]:
     """(dhidden [R, U], the weighted activation [R, I], dots [R, B]: parts of the row weights' gradients)."""
     activation = how.activation
-    if launch.fuses(activation, w.down_eID):
+    if launch.fuses(w.down_eID):
         given = hidden_RU, row_weights_R, activation, w.up_bias_eU
         return launch.differentiated_product(dout_RD, w.down_eID, tiles_Q4, *given)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}

@@ -21,9 +21,9 @@ from jax import Array, lax
 from jax.extend.backend import get_default_device
 from jax.extend.core import Primitive
 
-from moebius.core import checks
+from moebius.core import checks, measured
 from moebius.core.kernels import plan_grouped
-from moebius.core.registry import Backend, Problem, Registry
+from moebius.core.registry import Backend, Problem, Registry, layer_of
 from moebius.jax_frontend.checks import check_group_sizes
 from moebius.jax_frontend.operators import bilinear, call, contract
 
@@ -71,7 +71,8 @@ def grouped_matmul(
             sum(group_sizes_e) are padding: whatever they hold, inf and NaN too, touches nothing.
         weight_eDF: one matrix an expert, x @ W orientation; dtype of rows_RD.
         group_sizes_e: rows of each expert; int32, >= 0, sum <= R. Unit: rows.
-        backend: a registered name, or None for the first that supports this problem.
+        backend: a registered name, or None for the first declared that supports this problem: of a product alone,
+            without the steps round it, nothing was measured.
     Returns:
         [R, F], dtype of rows_RD, accumulated in promote_types(dtype, float32); padding rows are zero.
     Raises:
@@ -97,21 +98,49 @@ def linear(x: Array, weight_FD: Float[Array, "F D"], bias_F: Float[Array, " F"] 
     return out.astype(x.dtype)
 
 
-def choose(backend: str | None, rows: Array, weight_shape: Any) -> Backend:
+def choose(
+    backend: str | None, rows: Array, weight_shape: Any, down_shape: Any = None, n_rows: int | None = None
+) -> Backend:
     """The registry row that serves `rows` against a weight of shape [e, D, F]; see Registry.choose.
 
     Inside of Transformer Engine's autocast its name is "te" with the recipe, which `product` understands.
+
+    Args:
+        backend: a registered name, None, or what registry.of_layer made. rows: of the rows' dtype, and on their device.
+        weight_shape: of one product or, with `down_shape`, [e, D, U] of the up projection of experts: one backend for
+            both of their products.
+        down_shape: [e, I, D]. n_rows: R, of all experts; None for many, as in training.
     """
-    found = _choose(backend, *device_of(rows), str(rows.dtype), tuple(weight_shape))
+    layer = layer_of(backend)
+    if layer is not None:
+        backend, n_rows, shape = None, rows.shape[0], (weight_shape[0], *layer)
+    elif down_shape is not None:
+        shape = (*weight_shape[:2], down_shape[1], weight_shape[2])
+    else:
+        shape = tuple(weight_shape)
+    found = _choose(backend, *device_of(rows), str(rows.dtype), shape, measured.bucket(n_rows))
     return replace(found, name=_in_context(found.name)) if found.name == "te" else found
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    backend: str | None, device: str, capability: tuple[int, int] | None, dtype: str, shape: tuple[int, int, int]
+    backend: str | None,
+    device: str,
+    capability: tuple[int, int] | None,
+    dtype: str,
+    shape: tuple[int, ...],
+    n_rows: int | None,
 ) -> Backend:
+    """`shape`: [e, D, F], or [e, D, I, U] of experts."""
     problem = Problem(
-        device=device, dtype=dtype, dim=shape[1], inter_dim=shape[2], n_experts=shape[0], capability=capability
+        device=device,
+        dtype=dtype,
+        dim=shape[1],
+        inter_dim=shape[2],
+        n_experts=shape[0],
+        capability=capability,
+        up_width=shape[3] if len(shape) == 4 else None,
+        rows=n_rows,
     )
     return BACKENDS.choose(backend, problem)
 
@@ -290,12 +319,13 @@ def _cuda(what: str, problem: Problem, least: tuple[int, int]) -> str | None:
     return None
 
 
-BACKENDS = Registry("moebius.jax_frontend", "grouped_matmul")
+BACKENDS = Registry("moebius.jax_frontend", "grouped_matmul", partial(measured.order, "jax"))
 BACKENDS.add(
     name="tokamax",
     load=_load_tokamax,
     needs=("tokamax", "jax_triton", "triton"),
-    install="pip install 'tokamax>=0.0.17' 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later",
+    install="pip install 'tokamax>=0.0.17' 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later (beside torch "
+    "2.11, which pins triton 3.6, jax-triton with --no-deps)",
     supports=_tokamax_supports,
     note="tokamax's kernels: on Hopper Mosaic's for the products; Triton's for the weights' gradient and elsewhere",
 )
@@ -321,8 +351,10 @@ BACKENDS.add(
     name="triton",
     load=_load_triton,
     needs=("jax_triton", "triton"),
-    install="pip install 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later",
+    install="pip install 'jax-triton>=0.4.1', on Python 3.12 and jax 0.11.1 or later (beside torch 2.11, which pins "
+    "triton 3.6, with --no-deps)",
     supports=plan_grouped.against,
-    only_when_named=True,
-    note="moebius' own kernels for every step, with the bits of the PyTorch frontend's; fast where those are",
+    when_measured=True,
+    note="moebius' own kernels for every step, with the bits of the PyTorch frontend's; fast where those are; over "
+    "several devices in a shard_map alone",
 )

@@ -8,6 +8,7 @@ computes stays opaque to transformations until it is lowered.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from string import ascii_letters
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from moebius.core.errors import Unsupported
 from moebius.jax_frontend.dtypes import accumulate_dtype
 
 # (operands, their mapped axes or None, params) -> (result, its mapped axis), as JAX asks of a rule for vmap.
@@ -80,14 +82,28 @@ def bilinear(
 def opaque(name: str, compute: Callable[..., list[Array]], *, static: Sequence[str]) -> Primitive:
     """A primitive without derivatives that returns a list; under vmap one element of the batch after the other.
 
+    XLA cannot split what it cannot look into: where arrays lie on several devices it would gather them on each, and
+    compute all of it there. So outside of a shard_map it is refused for more than one device.
+
     Args:
         name, compute, static: as of `bilinear`.
     """
     operator, compiled = Primitive(name), jax.jit(compute, static_argnames=tuple(static))
     operator.multiple_results = True
-    operator.def_impl(compiled)
+
+    def run(*operands: Any, **params: Any) -> list[Array]:
+        _require_one_device(name, max(len(each.devices()) if isinstance(each, Array) else 1 for each in operands))
+        return compiled(*operands, **params)
+
+    lower = mlir.lower_fun(compiled, multiple_results=True)
+
+    def lower_here(context: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        _require_one_device(name, _devices(context))
+        return lower(context, *operands, **params)
+
+    operator.def_impl(run)
     operator.def_abstract_eval(lambda *types, **params: _results(compiled, types, params))
-    mlir.register_lowering(operator, mlir.lower_fun(compiled, multiple_results=True))
+    mlir.register_lowering(operator, lower_here)
 
     def one_after_the_other(
         operands: Sequence[Array], axes: Sequence[int | None], **params: Any
@@ -132,6 +148,22 @@ def contract(first: Array, second: Array, axes: Axes) -> Array:
         axes: such as ("td", "fd", "tf").
     """
     return call(_CONTRACT, first, second, axes=axes)
+
+
+def _devices(context: mlir.LoweringRuleContext) -> int:
+    """How many devices what is lowered here is split over by XLA: 1 inside of a shard_map over all axes of a mesh."""
+    where: Any = context.module_context.axis_context
+    if hasattr(where, "manual_axes"):
+        return prod(size for axis, size in where.mesh.shape.items() if axis not in where.manual_axes)
+    return getattr(where, "num_devices", None) or 1
+
+
+def _require_one_device(name: str, devices: int) -> None:
+    if devices > 1:
+        asked = f"a {name.replace('_', ' ')} over {devices} devices, outside of a shard_map over them"
+        found = "XLA cannot split a kernel: in silence it would gather all operands on each device, and compute all"
+        do = "call the layer in jax.shard_map over all axes of the mesh, or give it its mesh; or name another backend"
+        raise Unsupported(asked, found, do)
 
 
 def _result(compiled: Callable[..., Array], types: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moebius.core import checks, layout
 from moebius.core.config import MoEConfig
+from moebius.core.registry import of_layer
 from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
@@ -89,6 +90,7 @@ def steps(
     tap: Tap = untapped,
 ) -> Tensor:
     """Steps 4 to 8, one after the other: [S, D], each token's rows summed, promoted where `partial`; see `experts`."""
+    backend = of_layer(backend, config)
     rows_RD, row_weights_R, group_sizes_e, row_experts_R, permuted = permute(sent, p["down_projs"].shape[0])
     rows_RD = tap("rows", rows_RD)
     before_R, after_R = (None, row_weights_R) if config.apply_router_weight_after_down else (row_weights_R, None)

@@ -63,15 +63,22 @@ class _Experts(AllOrNothing):
         for row in layout.experts(self.config):
             stored = as_dtype(param_dtype or row.dtype)
             setattr(self, row.name, nn.Parameter(torch.empty(row.shape, dtype=stored, device=device)))
-        weight = self.gate_and_up_projs
-        # Chosen for the dtype it will most likely see, so that a backend that cannot serve is refused here already.
-        # A module that is built on the CPU may move to a GPU, where there is one.
-        may_move = weight.device.type == "cpu" and torch.cuda.is_available()
-        device = "meta" if may_move else weight.device
-        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device=device)
         self._backend_asked = self.backend.experts or default_backend
-        self.backend_name = choose(self._backend_asked, rows, weight.shape).name
+        self._choose_backend()  # refuses one that cannot serve
         self.init_weights()
+
+    @property
+    def backend_name(self) -> str:
+        """Of the grouped matmul: what was named, or chosen for many tokens where the parameters are now."""
+        return self._backend_asked or self._choose_backend()
+
+    def _choose_backend(self) -> str:
+        """For the dtype that it will most likely see. On the CPU it may move to a GPU, where there is one."""
+        weight = self.gate_and_up_projs
+        may_move = weight.device.type == "cpu" and torch.cuda.is_available()
+        rows = torch.empty(0, dtype=self.dtype or weight.dtype, device="meta" if may_move else weight.device)
+        shapes = {row.name: row.shape for row in layout.experts(self.config)}
+        return choose(self._backend_asked, rows, shapes["gate_and_up_projs"], shapes["down_projs"]).name
 
     @contextmanager
     def meanwhile(self, work: Callable[[], None]) -> Iterator[None]:
@@ -196,7 +203,7 @@ class GroupedExperts(_Experts):
     Args:
         config: MoEConfig, or any object with its attributes.
         backend: BackendConfig, or any object with its attributes, or None. `experts` names the grouped matmul's
-            backend; None takes the first that supports the problem.
+            backend; None takes the fastest that was measured for such a problem, else the first that supports it.
         dtype: to compute in; None for that of an autocast region, else x's. param_dtype: to store in; None for the
             config's.
         device: of the parameters; None for torch's default.
@@ -206,8 +213,9 @@ class GroupedExperts(_Experts):
         gate_up_proj_bias [E, U], down_proj_bias [E, D]: zeros, or None without config.expert_bias.
         expert_activation_grouped: assign (hidden [R, U], weights [R, 1]) -> [R, I] to compute that instead of the
             config's activation.
-        backend_name: the grouped matmul's backend, chosen at construction. Of the dispatcher, None is chosen in the
-            first call, for the dtype of its tokens.
+        backend_name: the grouped matmul's backend: what was named, or the choice for many tokens where the parameters
+            are; a call of few rows may take another. Of the dispatcher, None is chosen in the first call, for the dtype
+            of its tokens.
         tap: see `experts`; `untapped` by default.
 
     Raises:

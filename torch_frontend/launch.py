@@ -244,11 +244,10 @@ def grouped_weight_gradient(
     return dweight_eDF
 
 
-def fuses(activation: Activation, down_eID: Float[Tensor, "e I D"]) -> bool:
-    """Whether `activated_product` and `differentiated_product` compute this activation, of experts like these."""
+def fuses(down_eID: Float[Tensor, "e I D"]) -> bool:
+    """Whether `activated_product` and `differentiated_product` compute experts like these."""
     _, I, D = down_eID.shape
-    dtype, device = _where(down_eID)
-    return plan_grouped.fuses(activation, dtype, device, D, I)
+    return plan_grouped.fuses(*_where(down_eID), D, I)
 
 
 def activated_product(
@@ -263,8 +262,10 @@ def activated_product(
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
     hidden_RU, act_RI = _empty(rows_RD, R, U), _empty(rows_RD, R, I)
-    processors, biased = _device(rows_RD.device).processors, bias_eU is not None
-    launch = plan_hopper.activated_product(processors, D, I, activation, biased, row_weights_R is not None)
+    processors = _device(rows_RD.device).processors
+    few = plan_hopper.few(R, len(up_eDU), U, processors)
+    told = D, I, activation, bias_eU is not None, row_weights_R is not None
+    launch = plan_hopper.activated_product(processors, *told, few)
     run(launch, rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4, hidden_RU, act_RI)
     return hidden_RU, act_RI
 

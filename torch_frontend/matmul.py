@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moebius.core import checks
-from moebius.core.activations import Activation
+from moebius.core import checks, measured
 from moebius.core.kernels import plan_grouped
-from moebius.core.registry import Backend, Problem, Registry
+from moebius.core.registry import Backend, Problem, Registry, layer_of
 from moebius.torch_frontend import dtypes
 from moebius.torch_frontend.checks import check_group_sizes
 from moebius.torch_frontend.operators import call, differentiate
@@ -33,14 +32,14 @@ class Fused(NamedTuple):
     """Products of one backend with the activation, or its derivative, inside; for at least one row and one expert.
 
     Attributes:
-        serves: (activation, down [e, I, D]) -> whether both compute it, for such experts.
+        serves: down [e, I, D] -> whether both compute such experts.
         up: (rows [R, D], up [e, D, U], prepared, row weights [R] or None, activation, bias [e, U] or None)
             -> (hidden [R, U] without its bias, act [R, I]).
         down_gradient: (dout [R, D], down [e, I, D], prepared, hidden, row weights [R], activation, bias, in_place)
             -> (dhidden, act, dots [R, B] float32, the parts of the row weights' gradients).
     """
 
-    serves: Callable[[Activation, Tensor], bool]
+    serves: Callable[[Tensor], bool]
     up: Callable[..., tuple[Tensor, Tensor]]
     down_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -77,7 +76,8 @@ def grouped_matmul(
             sum(group_sizes_e) are padding: whatever they hold, inf and NaN too, touches nothing.
         weight_eDF: one matrix an expert, x @ W orientation; dtype of rows_RD.
         group_sizes_e: rows of each expert; int32, >= 0, sum <= R. Unit: rows.
-        backend: a registered name, or None for the first that supports this problem.
+        backend: a registered name, or None for the first declared that supports this problem: of a product alone,
+            without the steps round it, nothing was measured.
     Returns:
         [R, F], dtype of rows_RD, accumulated in promote_types(dtype, float32); padding rows are zero.
     Raises:
@@ -114,15 +114,38 @@ def linear(
         return F.linear(x, weight_FD.to(x.dtype), bias_F)
 
 
-def choose(backend: str | None, rows: Tensor, weight_shape: Any) -> Backend:
-    """The registry row that serves `rows` against a weight of shape [e, D, F]; see Registry.choose."""
-    return _choose(backend, _kind(rows.device), str(rows.dtype), tuple(weight_shape), _capability(rows.device))
+def choose(
+    backend: str | None, rows: Tensor, weight_shape: Any, down_shape: Any = None, n_rows: int | None = None
+) -> Backend:
+    """The registry row that serves `rows` against a weight of shape [e, D, F]; see Registry.choose.
+
+    Args:
+        backend: a registered name, None, or what registry.of_layer made. rows: of the rows' dtype, and on their device.
+        weight_shape: of one product or, with `down_shape`, [e, D, U] of the up projection of experts: one backend for
+            both of their products.
+        down_shape: [e, I, D]. n_rows: R, of all experts; None for many, as in training.
+    """
+    layer = layer_of(backend)
+    if layer is not None:
+        backend, n_rows, shape = None, rows.shape[0], (weight_shape[0], *layer)
+    elif down_shape is not None:
+        shape = (*weight_shape[:2], down_shape[1], weight_shape[2])
+    else:
+        shape = tuple(weight_shape)
+    where = _kind(rows.device), _capability(rows.device)
+    return _choose(backend, *where, str(rows.dtype), shape, measured.bucket(n_rows))
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    backend: str | None, device: str, dtype: str, shape: tuple[int, int, int], capability: tuple[int, int] | None
+    backend: str | None,
+    device: str,
+    capability: tuple[int, int] | None,
+    dtype: str,
+    shape: tuple[int, ...],
+    n_rows: int | None,
 ) -> Backend:
+    """`shape`: [e, D, F], or [e, D, I, U] of experts."""
     problem = Problem(
         device=device,
         dtype=dtype.removeprefix("torch."),
@@ -130,6 +153,8 @@ def _choose(
         inter_dim=shape[2],
         n_experts=shape[0],
         capability=capability,
+        up_width=shape[3] if len(shape) == 4 else None,
+        rows=n_rows,
     )
     return BACKENDS.choose(backend, problem)
 
@@ -218,10 +243,12 @@ def in_context(backend: str | None) -> str:
     return f"{backend}{_WITH}{recipe}" if recipe else backend
 
 
-def kernels(backend: str, rows: Tensor, weight_shape: Any) -> Kernels:
-    """The kernels of a backend, told as `in_context` does, for `rows` and a weight of shape [e, D, F]."""
+def kernels(
+    backend: str, rows: Tensor, weight_shape: Any, down_shape: Any = None, n_rows: int | None = None
+) -> Kernels:
+    """The kernels of a backend, told as `in_context` does; the others as of `choose`."""
     name, _, recipe = backend.partition(_WITH)
-    chosen = choose(None if name == _ANY else name, rows, weight_shape)
+    chosen = choose(None if name == _ANY else name, rows, weight_shape, down_shape, n_rows)
     implementation: Kernels = BACKENDS.implementation(chosen)
     return _quantised(recipe) if recipe else implementation
 
@@ -320,7 +347,7 @@ def _cuda(what: str, problem: Problem, least: tuple[int, int]) -> str | None:
     return None
 
 
-BACKENDS = Registry("moebius.torch_frontend", "grouped_matmul")
+BACKENDS = Registry("moebius.torch_frontend", "grouped_matmul", partial(measured.order, "torch"))
 BACKENDS.add(
     name="grouped_mm",
     load=_load_grouped_mm,
@@ -363,6 +390,6 @@ BACKENDS.add(
     needs=("triton",),
     install="pip install triton",
     supports=plan_grouped.against,
-    only_when_named=True,
+    when_measured=True,
     note="moebius' own kernels; the fast ones are for Hopper, in bfloat16 and float16, widths of multiples of 8",
 )

@@ -10,7 +10,6 @@ from moebius.core.errors import ConfigError
 
 SIZES = "E,K,D,I,T[,RANKS]"
 _TITLES = {"torch": "PyTorch", "jax": "Flax"}
-_STEPS = {"grouped_matmul": "the grouped matmul", "dispatch": "tokens to their experts' ranks"}
 
 
 def sizes(text: str) -> tuple[int, int, int, int, int, int]:
@@ -46,8 +45,20 @@ def lines(layer: Sequence[int], answers: Mapping[str, Mapping[str, Any]]) -> Ite
         yield f"{ranks} ranks, {e // ranks} experts each; {there}"
     for frontend, answer in answers.items():
         yield f"\n{_TITLES[frontend]}, {answer['device']}"
-        for step, title in _STEPS.items():
-            yield f"  {title}"
-            rows = sorted(answer[step], key=lambda row: not row[1].startswith("chosen"))
-            width = max(len(name) for name, _ in rows)
-            yield from (f"    {name:{width}}  {state}" for name, state in rows)
+        yield from _matmul(answer)
+        yield from _step("tokens to their experts' ranks", answer["dispatch"])
+        for elsewhere in answer["elsewhere"]:
+            yield f"\n{_TITLES[frontend]}, {elsewhere['device']}, with every package"
+            yield from _matmul(elsewhere)
+
+
+def _matmul(answer: Mapping[str, Any]) -> Iterator[str]:
+    yield from _step("the grouped matmul", answer["grouped_matmul"])
+    yield from (f"    {line}" for line in answer["figures"])
+
+
+def _step(title: str, states: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield f"  {title}"
+    rows = sorted(states, key=lambda row: not row[1].startswith("chosen"))
+    width = max(len(name) for name, _ in rows)
+    yield from (f"    {name:{width}}  {state}" for name, state in rows)

@@ -67,9 +67,8 @@ def _print_choice(text: str, timeout: float) -> int:
     except ConfigError as error:
         return _refuse(error.asked, error.found, error.do)
     asked = f"doctor --explain {text}"
-    e, k, dim, inter, _, ranks = layer
     found = {}
-    for frontend, answer in ask_choice((e, k, dim, inter, ranks), timeout=timeout).items():
+    for frontend, answer in ask_choice(layer, timeout=timeout).items():
         trouble = answer.trouble("explain")
         if trouble:
             do = "`moebius doctor` says what is here"
@@ -108,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument(
         "--explain",
         metavar=choice.SIZES,
-        help="which backends a layer of these sizes gets here in bfloat16 where none is named, and why",
+        help="which backends a layer of these sizes gets in bfloat16 where none is named, here and on other GPUs that "
+        "were measured, and why",
     )
     parser.add_argument(
         "--strict", nargs="+", default=[], metavar="NAME", help="packages and backends that have to be ok"

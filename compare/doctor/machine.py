@@ -86,7 +86,7 @@ def ask_support(*, timeout: float) -> dict[str, Answer]:
 
 
 def ask_choice(sizes: tuple[int, ...], *, timeout: float) -> dict[str, Answer]:
-    """Every installed frontend's answers to which backends it takes for a layer (E, K, D, I, ranks), and why."""
+    """Every installed frontend's answers to which backends it takes for a layer (E, K, D, I, T, ranks), and why."""
     arguments = ("explain", *map(str, sizes))
     probes = {
         name: Probe(module=f"{_HERE}.probe_{name}", arguments=arguments)

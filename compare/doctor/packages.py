@@ -66,6 +66,8 @@ EXTRAS = {
 }
 # Package -> the first Python on which its extra brings it.
 PYTHONS = {"tokamax": "3.12", "jax_triton": "3.12"}
+# Package -> how it comes beside a version of PyTorch with which no resolver takes it.
+BESIDE = {"jax_triton": "beside torch 2.11, which pins triton 3.6, pip install --no-deps 'jax-triton>=0.4.1'"}
 
 # PyPI's build brings gigabytes of CUDA libraries.
 _CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
@@ -100,7 +102,8 @@ def brings(frontend: str, package: str) -> str:
     extra, python = EXTRAS.get((frontend, package)), PYTHONS.get(package)
     if extra is None:
         return f"install {package}; no extra of moebius brings it"
-    return f"{install(extra)}, on Python {python} or later" if python else install(extra)
+    how = f"{install(extra)}, on Python {python} or later" if python else install(extra)
+    return f"{how}; {BESIDE[package]}" if package in BESIDE else how
 
 
 def judge(machine: Machine) -> Iterator[Row]:

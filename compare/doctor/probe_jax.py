@@ -113,7 +113,8 @@ def _explain(*sizes: str) -> dict[str, Any]:
     from moebius.jax_frontend.matmul import device_of
 
     kind, capability = device_of(jax.numpy.zeros(()))
-    return explain(_registries()[:2], candidates, capability if kind == "cuda" else None, *map(int, sizes))
+    here = capability if kind == "cuda" else None
+    return explain("jax", _registries()[:2], candidates, here, tuple(map(int, sizes)))
 
 
 def _registries() -> tuple[Any, ...]:

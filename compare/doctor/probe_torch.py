@@ -94,7 +94,7 @@ def _explain(*sizes: str) -> dict[str, Any]:
     from moebius.torch_frontend.dispatch_choice import candidates
 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return explain(_registries()[:2], candidates, capability, *map(int, sizes))
+    return explain("torch", _registries()[:2], candidates, capability, tuple(map(int, sizes)))
 
 
 def _registries() -> tuple[Any, ...]:

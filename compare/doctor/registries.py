@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from moebius.compare.doctor.figures import device, figures
+from moebius.core import measured
 from moebius.core.dispatchers import Choice
 from moebius.core.registry import Backend, Problem, Registry
 
@@ -34,7 +36,7 @@ def states(registries: Sequence[Registry], capability: tuple[int, int] | None) -
     }
     found = []
     for registry in registries:
-        explained = {key: dict(registry.explain(problem)) for key, problem in problems.items()}
+        explained = {key: dict(registry.explain(_layer(registry, problem))) for key, problem in problems.items()}
         for backend in _backends(registry):
             found.append(
                 {
@@ -74,27 +76,27 @@ def load(registries: Sequence[Registry], operation: str, name: str) -> dict[str,
 
 
 def explain(
+    frontend: str,
     registries: Sequence[Registry],
     candidates: Callable[[Problem, int], Sequence[Choice]],
     capability: tuple[int, int] | None,
-    n_experts: int,
-    k: int,
-    dim: int,
-    inter_dim: int,
-    ranks: int,
+    sizes: Sequence[int],
 ) -> dict[str, Any]:
     """What None means for a layer in bfloat16 on this machine's kind of device, and why.
 
     Args:
-        registries: of one frontend, the grouped matmul's and the dispatchers'. candidates: its rule for dispatchers.
-        capability: of its GPU; None for the CPU. n_experts, k, dim, inter_dim: E, K, D, I. ranks: that share experts.
+        frontend: "torch" or "jax". registries: of it, the grouped matmul's and the dispatchers'.
+        candidates: its rule for dispatchers. capability: of its GPU; None for the CPU.
+        sizes: E, K, D, I, T, and the ranks that share experts and tokens.
     Returns:
-        "device" in words; "grouped_matmul" and "dispatch", each (name, state) of every backend. A state is "chosen",
-        with the reason of a dispatcher, "available", "available when named" or the reason against.
+        "device" in words; "grouped_matmul" and "dispatch", each (name, state) of every backend; "figures": lines, of
+        the measured points that decided. A state is "chosen" or "available", with the reason, "available when named" or
+        the reason against. "elsewhere": records without "dispatch", of other GPUs that were measured, where every
+        package is installed.
     """
-    device = "cpu" if capability is None else "cuda"
+    n_experts, k, dim, inter_dim, tokens, ranks = sizes
     problem = Problem(
-        device=device,
+        device="cpu" if capability is None else "cuda",
         dtype="bfloat16",
         dim=dim,
         inter_dim=inter_dim,
@@ -103,15 +105,37 @@ def explain(
         ranks=ranks,
     )
     matmul, dispatch = registries
-    why = {choice.name: choice.why for choice in candidates(problem, k)}
-    states = dict(dispatch.explain(problem))
-    usable = [name for name in why if dispatch[name].missing() is None]
+    rows = measured.bucket(tokens * k // ranks)
+    others = [gpu for gpu in measured.capabilities() if gpu != capability]
+    elsewhere = [replace(problem, device="cuda", capability=gpu, rows=rows) for gpu in others]
+    return {
+        **_matmul(frontend, matmul, replace(problem, rows=rows), installed=True),
+        "dispatch": _dispatch(dispatch, problem, candidates(problem, k)),
+        "elsewhere": [_matmul(frontend, matmul, each, installed=False) for each in elsewhere],
+    }
+
+
+def _matmul(frontend: str, registry: Registry, problem: Problem, installed: bool) -> dict[str, Any]:
+    layer = _layer(registry, problem)
+    names = [backend.name for backend in registry.candidates(layer, installed=installed)]
+    why, lines = figures(frontend, layer, names)
+    states = [
+        (name, f"{state}: {why[name]}" if state in ("chosen", "available") and why.get(name) else state)
+        for name, state in registry.explain(layer, installed=installed)
+    ]
+    return {"device": device(problem), "grouped_matmul": states, "figures": lines}
+
+
+def _dispatch(registry: Registry, problem: Problem, choices: Sequence[Choice]) -> list[tuple[str, str]]:
+    why = {choice.name: choice.why for choice in choices}
+    states = dict(registry.explain(problem))
+    usable = [name for name in why if registry[name].missing() is None]
     for name in states:
         if name in usable:
             states[name] = f"{'chosen' if name == usable[0] else 'available'}: {why[name]}"
         elif states[name] == "chosen":  # by its place in the table, which is not the dispatchers' rule
             states[name] = "available when named"
-    return {"device": str(problem), "grouped_matmul": matmul.explain(problem), "dispatch": list(states.items())}
+    return list(states.items())
 
 
 def _served(registry: Registry, backend: Backend, device: str) -> dict[str, list[str]]:
@@ -132,10 +156,14 @@ def _usual(device: str) -> Iterator[Problem]:
 
 
 def _default(registry: Registry, problem: Problem) -> str | None:
-    for backend in _backends(registry):
-        if not backend.only_when_named and backend.supports(problem) is None:
-            return backend.name
-    return None
+    ranked = registry.ranked(_layer(registry, problem), installed=False)
+    return ranked[0].name if ranked else None
+
+
+def _layer(registry: Registry, problem: Problem) -> Problem:
+    """Of the grouped matmul both products of a gated layer; of other steps the problem as it is."""
+    gated = registry.operation == "grouped_matmul"
+    return replace(problem, up_width=2 * problem.inter_dim) if gated else problem
 
 
 def _backends(registry: Registry) -> list[Backend]:

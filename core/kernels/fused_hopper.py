@@ -4,7 +4,7 @@ What the two writing warps compute starts from the half as it was rounded for me
 the product and the kernels of activate.py have one after the other, and the pre-activation's gradient needs no memory
 of its own. Only the sums of the routing weights' gradients are added in another order.
 
-For activations whose halves are concatenated, and for those with one half.
+Where gate and up are interleaved, a thread holds whole pairs, and they are split and joined in registers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from moebius.core.kernels.activate import activated, differentiated
-from moebius.core.kernels.hopper import copy_blocks, fetch, make_halves, make_ring, multiply_blocks, place, view
+from moebius.core.kernels.hopper import copy_blocks, fetch, make_halves, make_ring, multiply_blocks, place
+from moebius.core.kernels.units_hopper import biased, join_pairs, split_pairs, units
 
 
 @gluon.jit
@@ -30,6 +31,7 @@ def activated_product(
     I: gl.constexpr,
     CURVE: gl.constexpr,
     GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
     UP_OFFSET: gl.constexpr,
@@ -47,7 +49,10 @@ def activated_product(
     """
     WIDE: gl.constexpr = COLS // 2 if GATED else COLS
     BLOCKS: gl.constexpr = (I + WIDE - 1) // WIDE
-    shape: gl.constexpr = (D, False, COLS, DEEP, STAGES, BLOCKS, GROUP, I if GATED else COLS // 2, WIDE)
+    APART: gl.constexpr = GATED and not INTERLEAVED  # a tile's halves are no neighbours
+    BETWEEN: gl.constexpr = I if APART else COLS // 2
+    STRIDE: gl.constexpr = WIDE if APART else COLS
+    shape: gl.constexpr = (D, False, COLS, DEEP, STAGES, BLOCKS, GROUP, BETWEEN, STRIDE)
     formula: gl.constexpr = (CURVE, GATED, ALPHA, LIMIT, UP_OFFSET)
     ring = make_ring(rows_desc.dtype, COLS, DEEP, STAGES, False)
     finished = make_halves(rows_desc.dtype, COLS)
@@ -57,7 +62,7 @@ def activated_product(
         [
             (multiply_blocks, (given, 0, shape)),
             (multiply_blocks, (given, 1, shape)),
-            (_activate, (written, I, formula, BIASED, WEIGHTED, shape)),
+            (_activate, (written, I, formula, INTERLEAVED, BIASED, WEIGHTED, shape)),
             (copy_blocks, ((rows_desc, weight_desc, ring, tiles_Q4), shape)),
         ],
         [4, 2, 1],
@@ -70,26 +75,17 @@ def _activate(
     written: gl.tuple,
     I: gl.constexpr,
     formula: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     BIASED: gl.constexpr,
     WEIGHTED: gl.constexpr,
     shape: gl.constexpr,
 ) -> None:
-    """Two warps: the halves of every tile as they are, and activated; 16 rows by 64 columns at a time."""
+    """Two warps: the halves of every tile as they are, and activated; 16 rows at a time."""
     finished, tiles_Q4, bias_eU, row_weights_R, hidden_RU, act_RI = written
     bufs, done, free = finished
-    COLS: gl.constexpr = shape[2]
     BLOCKS: gl.constexpr = shape[5]
     GROUP: gl.constexpr = shape[6]
-    GATED: gl.constexpr = formula[1]
-    U: gl.constexpr = 2 * I if GATED else I
-    WIDE: gl.constexpr = COLS // 2 if GATED else COLS
-    PANELS: gl.constexpr = WIDE // 64
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
-    own = gl.arange(0, 16, gl.SliceLayout(1, layout))
-    wide = gl.arange(0, 64, gl.SliceLayout(0, layout))
-    hidden_places = own[:, None] * U + wide[None, :]
-    act_places = own[:, None] * I + wide[None, :]
-    units = _units(bufs, 2 * COLS // 16, 16)
+    told: gl.constexpr = (I, formula, BIASED, WEIGHTED, shape[2])
     n_tiles = gl.load(tiles_Q4)
     turn = 0
     for task in range(gl.program_id(0), n_tiles * BLOCKS, gl.num_programs(0)):
@@ -101,26 +97,96 @@ def _activate(
             mbarrier.wait(done.index(HALF), turn & 1)
             for part in range(4):
                 first = row + (64 * HALF + 16 * part)
-                there = own < end - first
-                for panel in gl.static_range(PANELS):
-                    col = block * WIDE + 64 * panel
-                    mask = there[:, None] & (wide < I - col)[None, :]
-                    unit = HALF * (COLS // 16) + panel * 4 + part
-                    hidden = hidden_RU + (first.to(gl.int64) * U + col)
-                    gate = units.index(unit).load(layout)
-                    gl.store(hidden + hidden_places, gate, mask=mask)
-                    gate = _biased(gate, bias_eU, expert, col, wide, I, U, BIASED)
-                    up = gate
-                    if GATED:
-                        up = units.index(unit + PANELS * 4).load(layout)
-                        gl.store((hidden + I) + hidden_places, up, mask=mask)
-                        up = _biased(up, bias_eU + I, expert, col, wide, I, U, BIASED)
-                    act = activated(gate, up, formula)
-                    if WEIGHTED:
-                        act = act * gl.load(row_weights_R + first + own, mask=there, other=0.0)[:, None]
-                    gl.store(act_RI + (first.to(gl.int64) * I + col) + act_places, act.to(bufs.dtype), mask=mask)
+                here = (HALF, part, expert, first, end, block)
+                if INTERLEAVED:
+                    _activate_pairs(bufs, bias_eU, row_weights_R, hidden_RU, act_RI, here, told)
+                else:
+                    _activate_halves(bufs, bias_eU, row_weights_R, hidden_RU, act_RI, here, told)
             mbarrier.arrive(free.index(HALF), count=1)
         turn += 1
+
+
+@gluon.jit
+def _activate_halves(
+    bufs: gl.shared_memory_descriptor,
+    bias_eU: gl.tensor,
+    row_weights_R: gl.tensor,
+    hidden_RU: gl.tensor,
+    act_RI: gl.tensor,
+    here: gl.tuple,
+    told: gl.constexpr,
+) -> None:
+    """16 rows, 64 columns at a time: of the gate from a tile's first half, of up from its second."""
+    HALF, part, expert, first, end, block = here
+    I: gl.constexpr = told[0]
+    formula: gl.constexpr = told[1]
+    BIASED: gl.constexpr = told[2]
+    COLS: gl.constexpr = told[4]
+    GATED: gl.constexpr = formula[1]
+    U: gl.constexpr = 2 * I if GATED else I
+    WIDE: gl.constexpr = COLS // 2 if GATED else COLS
+    PANELS: gl.constexpr = WIDE // 64
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
+    own = gl.arange(0, 16, gl.SliceLayout(1, layout))
+    wide = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    hidden_places = own[:, None] * U + wide[None, :]
+    there = own < end - first
+    read = units(bufs, 2 * COLS // 16, 16, 64)
+    for panel in gl.static_range(PANELS):
+        col = block * WIDE + 64 * panel
+        mask = there[:, None] & (wide < I - col)[None, :]
+        unit = HALF * (COLS // 16) + panel * 4 + part
+        hidden = hidden_RU + (first.to(gl.int64) * U + col)
+        gate = read.index(unit).load(layout)
+        gl.store(hidden + hidden_places, gate, mask=mask)
+        gate = biased(gate, bias_eU, expert, col, wide, I, U, BIASED)
+        up = gate
+        if GATED:
+            up = read.index(unit + PANELS * 4).load(layout)
+            gl.store((hidden + I) + hidden_places, up, mask=mask)
+            up = biased(up, bias_eU + I, expert, col, wide, I, U, BIASED)
+        act = activated(gate, up, formula)
+        if told[3]:
+            act = act * gl.load(row_weights_R + first + own, mask=there, other=0.0)[:, None]
+        places = act_RI + (first.to(gl.int64) * I + col) + (own[:, None] * I + wide[None, :])
+        gl.store(places, act.to(bufs.dtype), mask=mask)
+
+
+@gluon.jit
+def _activate_pairs(
+    bufs: gl.shared_memory_descriptor,
+    bias_eU: gl.tensor,
+    row_weights_R: gl.tensor,
+    hidden_RU: gl.tensor,
+    act_RI: gl.tensor,
+    here: gl.tuple,
+    told: gl.constexpr,
+) -> None:
+    """16 rows, 32 pairs of gate and up at a time."""
+    HALF, part, expert, first, end, block = here
+    I: gl.constexpr = told[0]
+    formula: gl.constexpr = told[1]
+    COLS: gl.constexpr = told[4]
+    U: gl.constexpr = 2 * I
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
+    single: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [2, 1], [1, 0])
+    own = gl.arange(0, 16, gl.SliceLayout(1, layout))
+    wide = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    act_own = gl.arange(0, 16, gl.SliceLayout(1, single))
+    act_wide = gl.arange(0, 32, gl.SliceLayout(0, single))
+    act_there = act_own < end - first
+    read = units(bufs, 2 * COLS // 16, 16, 64)
+    for panel in gl.static_range(COLS // 64):
+        col = block * COLS + 64 * panel
+        hidden = read.index(HALF * (COLS // 16) + panel * 4 + part).load(layout)
+        places = hidden_RU + (first.to(gl.int64) * U + col) + (own[:, None] * U + wide[None, :])
+        gl.store(places, hidden, mask=(own < end - first)[:, None] & (wide < U - col)[None, :])
+        gate, up = split_pairs(biased(hidden, bias_eU, expert, col, wide, U, U, told[2]), single)
+        act = activated(gate, up, formula)
+        if told[3]:
+            act = act * gl.load(row_weights_R + first + act_own, mask=act_there, other=0.0)[:, None]
+        places = act_RI + (first.to(gl.int64) * I + col // 2) + (act_own[:, None] * I + act_wide[None, :])
+        gl.store(places, act.to(bufs.dtype), mask=act_there[:, None] & (act_wide < I - col // 2)[None, :])
 
 
 @gluon.jit
@@ -138,6 +204,7 @@ def differentiated_product(
     I: gl.constexpr,
     CURVE: gl.constexpr,
     GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
     UP_OFFSET: gl.constexpr,
@@ -171,7 +238,7 @@ def differentiated_product(
         [
             (multiply_blocks, (given, 0, shape)),
             (multiply_blocks, (given, 1, shape)),
-            (_differentiate, (read, (dhidden_RU, act_RI, dots_RB), I, formula, BIASED, UNROLL, shape)),
+            (_differentiate, (read, (dhidden_RU, act_RI, dots_RB), I, formula, INTERLEAVED, BIASED, UNROLL, shape)),
             (copy_blocks, ((dout_desc, weight_desc, ring, tiles_Q4), shape)),
         ],
         [4, 2, 1],
@@ -185,6 +252,7 @@ def _differentiate(
     written: gl.tuple,
     I: gl.constexpr,
     formula: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     BIASED: gl.constexpr,
     UNROLL: gl.constexpr,
     shape: gl.constexpr,
@@ -208,8 +276,12 @@ def _differentiate(
     wide = gl.arange(0, 64, gl.SliceLayout(0, layout))
     dhidden_places = own[:, None] * U + wide[None, :]
     act_places = own[:, None] * I + wide[None, :]
-    units = _units(bufs, 2 * COLS // 8, 8)
-    hidden_units = _units(hidden_bufs, 4 * PANELS, 8)
+    pairs: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [2, 1], [1, 0])
+    pair_own = gl.arange(0, 8, gl.SliceLayout(1, pairs))
+    pair_wide = gl.arange(0, 128, gl.SliceLayout(0, pairs))
+    pair_places = pair_own[:, None] * U + pair_wide[None, :]
+    finished_units = units(bufs, 2 * COLS // 8, 8, 64)
+    hidden_units = units(hidden_bufs, 2 * PANELS if INTERLEAVED else 4 * PANELS, 8, 128 if INTERLEAVED else 64)
     n_tiles = gl.load(tiles_Q4)
     turn = 0
     used = 0
@@ -220,9 +292,9 @@ def _differentiate(
         end = gl.load(tiles_Q4 + 6 + 4 * tile)
         parts = gl.minimum((end - row + 7) // 8, 16)
         col = block * COLS
-        _fetch_hidden(hidden_desc, hidden_bufs, here, row, col, used & 1, I, GATED)
+        _fetch_hidden(hidden_desc, hidden_bufs, here, row, col, used & 1, I, GATED, INTERLEAVED)
         if parts > 1:
-            _fetch_hidden(hidden_desc, hidden_bufs, here, row + 8, col, (used + 1) & 1, I, GATED)
+            _fetch_hidden(hidden_desc, hidden_bufs, here, row + 8, col, (used + 1) & 1, I, GATED, INTERLEAVED)
         for HALF in gl.static_range(2):
             mbarrier.wait(done.index(HALF), turn & 1)
             for part in range(8 * HALF, gl.minimum(parts, 8 * HALF + 8)):
@@ -237,13 +309,18 @@ def _differentiate(
                         panel = turns + inner
                         here_col = col + 64 * panel
                         unit = HALF * (COLS // 8) + panel * 8 + part % 8
-                        dact = units.index(unit).load(layout).to(gl.float32)
-                        gate = hidden_units.index(at * 2 * PANELS + panel).load(layout)
-                        gate = _biased(gate, bias_eU, expert, here_col, wide, I, U, BIASED)
-                        up = gate
-                        if GATED:
-                            up = hidden_units.index(at * 2 * PANELS + PANELS + panel).load(layout)
-                            up = _biased(up, bias_eU + I, expert, here_col, wide, I, U, BIASED)
+                        dact = finished_units.index(unit).load(layout).to(gl.float32)
+                        if INTERLEAVED:
+                            both = hidden_units.index(at * PANELS + panel).load(pairs)
+                            both = biased(both, bias_eU, expert, 2 * here_col, pair_wide, U, U, BIASED)
+                            gate, up = split_pairs(both, layout)
+                        else:
+                            gate = hidden_units.index(at * 2 * PANELS + panel).load(layout)
+                            gate = biased(gate, bias_eU, expert, here_col, wide, I, U, BIASED)
+                            up = gate
+                            if GATED:
+                                up = hidden_units.index(at * 2 * PANELS + PANELS + panel).load(layout)
+                                up = biased(up, bias_eU + I, expert, here_col, wide, I, U, BIASED)
                         dgate, dup, act = differentiated(dact, gate, up, weights, formula)
                         mask = there[:, None]
                         if I % COLS != 0:
@@ -251,14 +328,20 @@ def _differentiate(
                             total += gl.where(mask, dact * act, 0.0)
                         else:
                             total += dact * act
-                        dhidden = dhidden_RU + (first.to(gl.int64) * U + here_col)
-                        gl.store(dhidden + dhidden_places, dgate.to(bufs.dtype), mask=mask)
-                        if GATED:
-                            gl.store((dhidden + I) + dhidden_places, dup.to(bufs.dtype), mask=mask)
+                        if INTERLEAVED:
+                            both = join_pairs(dgate.to(bufs.dtype), dup.to(bufs.dtype), pairs)
+                            pair_mask = (pair_own < end - first)[:, None] & (pair_wide < U - 2 * here_col)[None, :]
+                            dhidden = dhidden_RU + (first.to(gl.int64) * U + 2 * here_col)
+                            gl.store(dhidden + pair_places, both, mask=pair_mask)
+                        else:
+                            dhidden = dhidden_RU + (first.to(gl.int64) * U + here_col)
+                            gl.store(dhidden + dhidden_places, dgate.to(bufs.dtype), mask=mask)
+                            if GATED:
+                                gl.store((dhidden + I) + dhidden_places, dup.to(bufs.dtype), mask=mask)
                         act = (act * weights).to(bufs.dtype)
                         gl.store(act_RI + (first.to(gl.int64) * I + here_col) + act_places, act, mask=mask)
                 if part + 2 < parts:
-                    _fetch_hidden(hidden_desc, hidden_bufs, here, first + 16, col, at, I, GATED)
+                    _fetch_hidden(hidden_desc, hidden_bufs, here, first + 16, col, at, I, GATED, INTERLEAVED)
                 used += 1
                 dots = dots_RB + (first.to(gl.int64) * BLOCKS + block)
                 gl.store(dots + own * BLOCKS, gl.sum(total, axis=1), mask=there)
@@ -276,38 +359,14 @@ def _fetch_hidden(
     at: gl.tensor,
     I: gl.constexpr,
     GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
 ) -> None:
     """8 rows of the gate's columns from `col` on, and of up's."""
     ready = here.index(at)
+    COLS: gl.constexpr = hidden_desc.block_type.shape[1]
     if GATED:
         mbarrier.expect(ready, 2 * hidden_desc.block_type.nbytes)
-        fetch(hidden_desc, [row, I + col], ready, hidden_bufs.index(2 * at + 1))
+        fetch(hidden_desc, [row, 2 * col + COLS if INTERLEAVED else I + col], ready, hidden_bufs.index(2 * at + 1))
     else:
         mbarrier.expect(ready, hidden_desc.block_type.nbytes)
-    fetch(hidden_desc, [row, col], ready, hidden_bufs.index(2 * at))
-
-
-@gluon.jit
-def _units(bufs: gl.shared_memory_descriptor, COUNT: gl.constexpr, ROWS: gl.constexpr) -> gl.shared_memory_descriptor:
-    """Blocks as units of ROWS x 64: a block lies in panels of 64 columns, one after the other."""
-    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return view(bufs, bufs.dtype, [COUNT, ROWS, 64], flat)
-
-
-@gluon.jit
-def _biased(
-    value: gl.tensor,
-    bias_eU: gl.tensor,
-    expert: gl.tensor,
-    col: gl.tensor,
-    wide: gl.tensor,
-    I: gl.constexpr,
-    U: gl.constexpr,
-    BIASED: gl.constexpr,
-) -> gl.tensor:
-    """A unit in float32; with its expert's bias it is rounded first."""
-    wider = value.to(gl.float32)
-    if BIASED:
-        bias = gl.load(bias_eU + (expert.to(gl.int64) * U + col) + wide, mask=wide < I - col, other=0.0)
-        wider = (wider + bias.to(gl.float32)[None, :]).to(value.dtype).to(gl.float32)
-    return wider
+    fetch(hidden_desc, [row, 2 * col if INTERLEAVED else col], ready, hidden_bufs.index(2 * at))

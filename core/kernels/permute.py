@@ -146,7 +146,7 @@ def _rows(
     """First row of a slot's expert + equal ids earlier in its block."""
     here = tl.arange(0, BLOCK)
     rows = tl.gather(starts, ids, axis=0)
-    for first in range(0, BLOCK, CHUNK):
+    for first in tl.static_range(0, BLOCK, CHUNK):  # unrolled, so that all loads are under way at once
         others = first + tl.arange(0, CHUNK)
         other_ids = tl.load(ids_R + first_slot + others, mask=first_slot + others < R, other=-1)
         # Summed over the first axis: there each thread has all of a slot's comparisons to itself.

@@ -37,7 +37,7 @@ class Launch:
     code: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        code = (self.kernel, tuple(self.constants.items()), self.num_warps, self.registers, self.blocks)
+        code = (self.kernel, tuple(sorted(self.constants.items())), self.num_warps, self.registers, self.blocks)
         object.__setattr__(self, "code", _CODES.setdefault(code, next(_NUMBERS)))
 
     def __hash__(self) -> int:
@@ -124,7 +124,7 @@ FEW = 256  # routes that one program sorts
 def sort_few_routes(n_experts: int) -> Launch:
     """What `sort_routes` does of up to FEW rows."""
     constants = {"E": n_experts, "BINS": _power(n_experts + 1), "BLOCK": FEW, "CHUNK": 32}
-    return Launch(kernel="permute.sort_few_routes", programs=1, constants=constants)
+    return Launch(kernel="permute.sort_few_routes", programs=1, constants=constants, num_warps=8)
 
 
 @lru_cache(maxsize=1024)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from moebius.core.activations import Activation
 from moebius.core.kernels import plan_hopper, plan_portable
 from moebius.core.kernels.plan import Launch
 from moebius.core.registry import Problem
@@ -48,9 +47,9 @@ def against(problem: Problem) -> str | None:
     return None
 
 
-def fuses(activation: Activation, dtype: str, device: Device, dim: int, inter_dim: int) -> bool:
-    """Whether products and activation are one kernel; see plan_hopper.fuses."""
-    return plan_hopper.fuses(activation) and plan_hopper.serves(dtype, device.capability, dim, inter_dim)
+def fuses(dtype: str, device: Device, dim: int, inter_dim: int) -> bool:
+    """Whether products and activation are one kernel."""
+    return plan_hopper.serves(dtype, device.capability, dim, inter_dim)
 
 
 def height(n_rows: int, n_experts: int, width_in: int, width_out: int, dtype: str, device: Device) -> int:
@@ -65,7 +64,8 @@ def product(
 ) -> Launch:
     """n_rows rows of width_in times matrices [e, width_in, width_out], where `transposed` [e, width_out, width_in]."""
     if plan_hopper.serves(dtype, device.capability, width_in, width_out):
-        return plan_hopper.product(device.processors, width_in, width_out, transposed)
+        few = plan_hopper.few(n_rows, n_experts, width_out, device.processors)
+        return plan_hopper.product(device.processors, width_in, width_out, transposed, few)
     how = {"dtype": dtype, "capability": device.capability, "height": plan_portable.height(n_rows, n_experts, dtype)}
     return plan_portable.product(n_rows, n_experts, width_in, width_out, transposed, **how)
 

@@ -13,6 +13,8 @@ HEIGHT = 128  # rows of a tile
 # groups of 4 or 8 tiles (up to 4 %), of 24 (1 %), one warpgroup alone where a tile's second half is empty (1 %).
 _ROWS = (64, 64)  # a block of rows
 _BLOCK = {"COLS": 256, "DEEP": 64, "STAGES": 3, "GROUP": 16}
+# Where there are fewer tiles than multiprocessors: twice as many, of half as many columns.
+_FEW = {"COLS": 128, "DEEP": 64, "STAGES": 5, "GROUP": 16}
 
 
 def serves(dtype: str, capability: tuple[int, int], *widths: int) -> bool:
@@ -20,15 +22,22 @@ def serves(dtype: str, capability: tuple[int, int], *widths: int) -> bool:
     return dtype in ("bfloat16", "float16") and capability == (9, 0) and not any(width % 8 for width in widths)
 
 
+def few(n_rows: int, n_experts: int, width_out: int, processors: int) -> bool:
+    """Whether whole tiles would leave multiprocessors idle, with as many experts in use as there can be."""
+    tiles = n_rows // HEIGHT + min(n_rows, n_experts)
+    return tiles * blocks(width_out, _BLOCK["COLS"]) < processors
+
+
 @lru_cache(maxsize=1024)
-def product(processors: int, width_in: int, width_out: int, transposed: bool) -> Launch:
+def product(processors: int, width_in: int, width_out: int, transposed: bool, few: bool = False) -> Launch:
     """Rows of width_in times matrices [e, width_in, width_out], or [e, width_out, width_in] where `transposed`.
 
     Args:
-        processors: of the device; one program each.
+        processors: of the device; one program each. few: narrow tiles; see `few`.
     """
-    constants = {"D": width_in, "F": width_out, "TRANSPOSED": transposed, **_BLOCK}
-    return _specialised("matmul_hopper.product", processors, constants, _ROWS, _weight_block(transposed))
+    block = _FEW if few else _BLOCK
+    constants = {"D": width_in, "F": width_out, "TRANSPOSED": transposed, **block}
+    return _specialised("matmul_hopper.product", processors, constants, _ROWS, _weight_block(block, transposed))
 
 
 @lru_cache(maxsize=1024)
@@ -39,18 +48,20 @@ def weight_gradient(processors: int, n_experts: int, width_in: int, width_out: i
     return _specialised("matmul_hopper.weight_gradient", processors, constants, _ROWS, dout_block)
 
 
-def fuses(activation: Activation) -> bool:
-    """Whether `activated_product` and `differentiated_product` compute this activation."""
-    return not activation.interleaved
-
-
 @lru_cache(maxsize=1024)
 def activated_product(
-    processors: int, dim: int, inter_dim: int, activation: Activation, biased: bool, weighted: bool
+    processors: int,
+    dim: int,
+    inter_dim: int,
+    activation: Activation,
+    biased: bool,
+    weighted: bool,
+    few: bool = False,
 ) -> Launch:
-    """Rows of `dim` times matrices [e, dim, U], and their activation."""
-    constants = {"D": dim, **_fused(inter_dim, activation, biased), "WEIGHTED": weighted, **_BLOCK}
-    return _specialised("fused_hopper.activated_product", processors, constants, _ROWS, _weight_block(False))
+    """Rows of `dim` times matrices [e, dim, U], and their activation; see `product`."""
+    block = _FEW if few else _BLOCK
+    constants = {"D": dim, **_fused(inter_dim, activation, biased), "WEIGHTED": weighted, **block}
+    return _specialised("fused_hopper.activated_product", processors, constants, _ROWS, _weight_block(block, False))
 
 
 @lru_cache(maxsize=1024)
@@ -62,7 +73,7 @@ def differentiated_product(processors: int, dim: int, inter_dim: int, activation
         **_BLOCK,
         "UNROLL": _unroll(dim, activation, biased),
     }
-    blocks = _ROWS, _weight_block(True), (8, _BLOCK["COLS"])
+    blocks = _ROWS, _weight_block(_BLOCK, True), (8, _BLOCK["COLS"])
     return _specialised("fused_hopper.differentiated_product", processors, constants, *blocks)
 
 
@@ -72,7 +83,7 @@ def dots(inter_dim: int) -> int:
 
 
 def _fused(inter_dim: int, activation: Activation, biased: bool) -> dict[str, Any]:
-    left_out = "E", "INTERLEAVED", "WEIGHTED"
+    left_out = "E", "WEIGHTED"
     told = formula(inter_dim, activation, 0 if biased else None, False)
     return {name: value for name, value in told.items() if name not in left_out}
 
@@ -85,8 +96,8 @@ def _unroll(dim: int, activation: Activation, biased: bool) -> int:
     return 2 if biased or activation.limit is not None else 4
 
 
-def _weight_block(transposed: bool) -> tuple[int, ...]:
-    half, deep = _BLOCK["COLS"] // 2, _BLOCK["DEEP"]
+def _weight_block(block: dict[str, int], transposed: bool) -> tuple[int, ...]:
+    half, deep = block["COLS"] // 2, block["DEEP"]
     return (1, half, deep) if transposed else (1, deep, half)
 
 

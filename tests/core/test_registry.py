@@ -1,9 +1,12 @@
 """Choosing a backend: by name or the first that serves, never another than was asked for."""
 
+from dataclasses import replace
+
 import pytest
 
+from moebius.core.config import MoEConfig
 from moebius.core.errors import BackendUnavailable, ConfigError, Unsupported
-from moebius.core.registry import Problem, Registry
+from moebius.core.registry import Problem, Registry, layer_of, of_layer
 
 CPU = Problem(device="cpu", dtype="float32", dim=8, inter_dim=4, n_experts=2)
 GPU = Problem(device="cuda", dtype="bfloat16", dim=8, inter_dim=4, n_experts=2, capability=(9, 0))
@@ -171,3 +174,81 @@ def test_problem_as_text_names_what_matters():
 def test_registries_do_not_share_rows(registry):
     other = Registry(frontend="moebius.other_frontend", operation="grouped_matmul")
     assert other.names == ()
+
+
+# ------------------------------------------------------------------------------------------------- what was measured
+def of_measured(*order, **rows):
+    """A registry whose measurements know `order`, with "declared", "quick" and rows that only measurements choose."""
+    asked = []
+
+    def measured(problem, names):
+        asked.append((problem, tuple(names)))
+        return [name for name in order if name in names]
+
+    made = Registry("moebius.test_frontend", "grouped_matmul", measured)
+    for name, row in ({"declared": {}, "quick": {}, "own": {"when_measured": True}} | rows).items():
+        made.add(name=name, load=lambda name=name: name, **row)
+    return made, asked
+
+
+def test_choose_none_takes_the_fastest_that_was_measured():
+    registry, asked = of_measured("own", "quick")
+    assert registry.choose(None, GPU).name == "own" and asked[0] == (GPU, ("declared", "quick", "own"))
+    assert [row.name for row in registry.ranked(GPU)] == ["own", "quick", "declared"]
+    assert registry.explain(GPU) == [("declared", "available"), ("quick", "available"), ("own", "chosen")]
+
+
+def test_choose_none_where_nothing_was_measured_takes_the_first_declared():
+    registry, _ = of_measured()
+    assert registry.choose(None, GPU).name == "declared"
+    assert registry.explain(GPU)[2] == ("own", "available when named")
+    assert registry.choose("own", GPU).name == "own"
+
+
+def test_choose_none_asks_the_measurements_only_of_those_that_serve():
+    registry, asked = of_measured(
+        "own", "quick", own={"when_measured": True, "supports": only("cpu")}, named={"only_when_named": True}
+    )
+    assert registry.choose(None, GPU).name == "quick" and asked[0][1] == ("declared", "quick")
+
+
+def test_choose_a_name_is_not_replaced_by_what_was_faster():
+    registry, _ = of_measured("own")
+    assert registry.choose("declared", GPU).name == "declared"
+
+
+def test_choose_none_where_the_fastest_does_not_load_takes_the_next():
+    load, calls = fails(OSError("no library"))
+    registry, _ = of_measured("own", "quick")
+    registry.add(name="best", load=load, needs=("numpy",), when_measured=True)
+    registry.measured = lambda problem, names: [name for name in ("best", "own") if name in names]
+    assert registry.choose(None, GPU).name == "own" and len(calls) == 1
+
+
+def test_ranked_and_explain_where_every_package_is_installed_know_what_is_not():
+    registry, _ = of_measured("absent")
+    registry.add(name="absent", load=lambda: None, needs=("moebius_no_such_package",), when_measured=True)
+    assert registry.ranked(GPU)[0].name == "declared"
+    assert registry.ranked(GPU, installed=False)[0].name == "absent"
+    assert registry.explain(GPU, installed=False)[-1] == ("absent", "chosen")
+
+
+def test_choose_for_a_layer_asks_for_both_products():
+    layer = replace(GPU, up_width=6)
+    assert layer.products == (replace(GPU, inter_dim=6), replace(GPU, dim=4, inter_dim=8))
+    assert GPU.products == (GPU,) and layer.widths == (8, 4, 6)
+    registry = Registry("moebius.test_frontend", "grouped_matmul")
+    registry.add(name="no_4", load=lambda: None, supports=lambda problem: "not 4" if problem.dim == 4 else None)
+    registry.add(name="no_6", load=lambda: None, supports=lambda problem: "not 6" if problem.inter_dim == 6 else None)
+    registry.add(name="any", load=lambda: None)
+    assert registry.choose(None, GPU).name == "no_4" and registry.choose(None, layer).name == "any"
+    for name, reason in (("no_4", "not 4"), ("no_6", "not 6")):
+        with pytest.raises(Unsupported, match=reason):
+            registry.choose(name, layer)
+
+
+@pytest.mark.parametrize(("activation", "width"), [("swiglu", 8), ("relu2", 4)])
+def test_of_layer_keeps_a_name_and_for_none_the_widths(activation, width):
+    config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=4, expert_activation=activation)
+    assert of_layer("loop", config) == "loop" and layer_of("loop") is None and layer_of(None) is None
+    assert layer_of(of_layer(None, config)) == (16, 4, width)

@@ -19,8 +19,14 @@ SIZES = {
     "one_takes_all": [0, 0, 1000, 0, 0],
     "all_empty": [0, 0, 0, 0, 0],
 }
-FUSED = [name for name, row in ACTIVATIONS.items() if not row.interleaved]
+FUSED = list(ACTIVATIONS)
 WIDTHS = [(256, 512), (8, 16), (200, 328), (2880, 264)]  # D and I: whole tiles, less than one, tails
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["wide", "few"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of both widths, whichever the number of rows would take."""
+    monkeypatch.setattr(plan_hopper, "few", lambda *sizes: request.param)
 
 
 class Operands:
@@ -51,7 +57,10 @@ class Operands:
 
         told = self.weights, self.activation, self.bias
         hidden, act = launch.activated_product(self.rows, self.up, self.tiles, *told)
-        made = launch.differentiated_product(self.dout, self.down, self.tiles, hidden.clone(), *told, in_place=True)
+        made = launch.differentiated_product(self.dout, self.down, self.tiles, hidden, *told)
+        over = launch.differentiated_product(self.dout, self.down, self.tiles, hidden.clone(), *told, in_place=True)
+        for new, written_over in zip(self.kept(*made), self.kept(*over), strict=True):
+            assert torch.equal(new, written_over) or not torch.isfinite(new).all()
         slots = torch.arange(len(self.rows), dtype=torch.int32, device="cuda")[:, None]
         return self.kept(hidden, act, *made[:2], launch.sum_dots(made[2], slots)[:, 0])
 
@@ -104,6 +113,20 @@ def test_fused_products_with_poison_in_one_expert_keep_it_there(poison: float) -
     others = [at for at in range(given.end) if not own.start <= at < own.stop]
     for found, wanted in zip(given.together(), clean, strict=True):
         assert torch.equal(found[others], wanted[others])
+        assert not torch.isfinite(found[own]).all(-1).any()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_products_without_weights_have_the_bits_of_the_steps_apart(name: str) -> None:
+    given = Operands(SIZES["ends"], (200, 328), ACTIVATIONS[name], torch.bfloat16, True)
+    given.weights = None
+    from moebius.torch_frontend import launch
+
+    hidden, act = launch.activated_product(given.rows, given.up, given.tiles, None, given.activation, given.bias)
+    wanted = launch.grouped_product(given.rows, given.up, given.tiles, False)
+    activated = launch.activate_rows(wanted, None, given.activation, bias_eU=given.bias, row_experts_R=given.experts)
+    for one, other in zip(given.kept(hidden, act), given.kept(wanted, activated), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_fused_products_again_have_the_same_bits() -> None:

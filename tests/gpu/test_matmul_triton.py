@@ -9,6 +9,7 @@ import pytest
 from sides import Side, rounded
 
 from moebius.core import reference
+from moebius.core.kernels import plan_hopper
 from moebius.core.precision import EXACT
 from moebius.core.tolerance import bounds, within
 
@@ -28,6 +29,12 @@ SIZES = {
 }
 # In and out: whole tiles; less than one; tails in both; tails of one group of 8.
 WIDTHS = [(256, 512), (8, 16), (200, 328), (2880, 264)]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["wide", "few"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of both widths, whichever the number of rows would take."""
+    monkeypatch.setattr(plan_hopper, "few", lambda *sizes: request.param)
 
 
 def operands(sizes: list[int], widths: tuple[int, int], dtype: str, padding: int = 0) -> list[np.ndarray]:

@@ -107,7 +107,22 @@ def test_extra_that_brings_a_package_on_some_pythons_alone_says_on_which(fronten
     (line,) = (line for line in extras[extra] if re.match(rf"{package.replace('_', '-')}\b[^-]", line))
     bound = re.search(r"python_version >= '([\d.]+)'", line)
     end = f", on Python {bound[1]} or later" if bound else ""
-    assert brings(frontend, package) == f"pip install '.[{extra}]' in a clone of moebius{end}"
+    assert brings(frontend, package).split("; ")[0] == f"pip install '.[{extra}]' in a clone of moebius{end}"
+
+
+def test_package_that_no_resolver_takes_beside_a_torch_says_how_it_comes():
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints/py312-gpu.txt").read_text().splitlines() if "==" in line
+    )
+    torch, triton = (".".join(pins[name].split(".")[:2]) for name in ("torch", "triton"))
+    said = f"beside torch {torch}, which pins triton {triton}, pip install --no-deps 'jax-triton>={pins['jax-triton']}'"
+    assert brings("jax", "jax_triton").split("; ")[1] == said
+    from moebius.jax_frontend.matmul import BACKENDS
+
+    for name in ("triton", "tokamax"):
+        install = BACKENDS[name].install
+        assert f"beside torch {torch}, which pins triton {triton}" in install and "--no-deps" in install
+        assert "Python 3.12 and jax 0.11.1" in install
 
 
 # -------------------------------------------------------------------------------------------------------------- devices

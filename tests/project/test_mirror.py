@@ -123,6 +123,7 @@ NAMES = {
         "launch.py",
         "serves",
     ): "torch: kernels stand in for its formulas wherever they can; in Flax with their backend alone",
+    ("launch.py", "mask_routes"): "torch: XLA fuses the few integer operations",
     ("launch.py", "sort_routes"): "torch: XLA sorts, to the same order",
     ("launch.py", "gather_rows"): "torch: for experts whose steps are differentiated one by one",
     ("launch.py", "sum_rows"): "torch: its formula's other dtypes",

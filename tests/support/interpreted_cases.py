@@ -35,7 +35,7 @@ def in_flax(p: Problem, remat: str) -> dict[str, np.ndarray]:
     """By the rule itself: the registry asks for jax-triton, which the interpreter does not need."""
     names = "gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"
     w = lean.Weights(*(jnp.asarray(p.parameters[n], p.dtype) if n in p.parameters else None for n in names))
-    how = lean.How(p.config.activation, p.config.apply_router_weight_after_down, False, "triton", "triton", remat)
+    how = lean.How(p.config.activation, p.config.apply_router_weight_after_down, False, "triton", remat)
     ids = jnp.where(jnp.asarray(p.token_mask)[:, None], jnp.asarray(p.ids), p.config.n_routed_experts)
     x, weights = jnp.asarray(p.x, p.dtype), jnp.asarray(p.weights, p.weights_dtype).astype(jnp.float32)
 

@@ -17,19 +17,29 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SWIGLU, OAI, RELU2 = (ACTIVATIONS[name] for name in ("swiglu", "swigluoai", "relu2"))
+SWIGLU, OAI, RELU2, PAIRS = (ACTIVATIONS[name] for name in ("swiglu", "swigluoai", "relu2", "quick_geglu"))
 LAUNCHES = {
     "product": plan_hopper.product(132, 4096, 28672, False),
     "product_transposed": plan_hopper.product(132, 1536, 2048, True),
+    "product_of_few_rows": plan_hopper.product(132, 2048, 768, False, True),
+    "product_of_few_rows_transposed": plan_hopper.product(132, 28672, 4096, True, True),
     "product_of_narrow": plan_hopper.product(132, 8, 16, False),
     "weight_gradient": plan_hopper.weight_gradient(132, 128, 2048, 1536),
     "weight_gradient_of_narrow": plan_hopper.weight_gradient(132, 3, 200, 328),
     "activated_product": plan_hopper.activated_product(132, 2048, 768, SWIGLU, False, True),
     "activated_product_clamped_biased": plan_hopper.activated_product(132, 2880, 2880, OAI, True, True),
+    "activated_product_of_few_rows": plan_hopper.activated_product(132, 2048, 768, SWIGLU, False, True, True),
+    "activated_product_of_pairs": plan_hopper.activated_product(132, 2880, 2880, PAIRS, False, True),
+    "activated_product_of_pairs_biased": plan_hopper.activated_product(132, 2880, 2880, PAIRS, True, True),
+    "activated_product_of_pairs_of_few_rows": plan_hopper.activated_product(132, 200, 328, PAIRS, True, True, True),
+    "activated_product_of_one_half_of_few_rows": plan_hopper.activated_product(132, 200, 328, RELU2, True, True, True),
     "activated_product_of_one_half": plan_hopper.activated_product(132, 200, 328, RELU2, False, False),
     "differentiated_product": plan_hopper.differentiated_product(132, 2048, 768, SWIGLU, False),
     "differentiated_product_clamped": plan_hopper.differentiated_product(132, 2880, 2880, OAI, False),
     "differentiated_product_biased": plan_hopper.differentiated_product(132, 2880, 2880, OAI, True),
+    "differentiated_product_of_pairs": plan_hopper.differentiated_product(132, 2048, 768, PAIRS, False),
+    "differentiated_product_of_pairs_biased": plan_hopper.differentiated_product(132, 2880, 2880, PAIRS, True),
+    "differentiated_product_of_pairs_of_long": plan_hopper.differentiated_product(132, 4096, 2880, PAIRS, True),
     "differentiated_product_of_one_half": plan_hopper.differentiated_product(132, 200, 328, RELU2, False),
     "list_tiles": plan_portable.list_tiles(128, plan_hopper.HEIGHT),
 }

@@ -14,11 +14,20 @@ pytest.importorskip("triton")
 
 
 class Compiled:
+    """What Triton compiled: called as its CompiledKernel is."""
+
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, calls: list[Any]):
         self.calls = calls
+        self.watched: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments: self.calls.append((grid, arguments))
+        return lambda *arguments: self.watched.append((grid, arguments))
+
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        assert rest[:5] == ("function", "metadata", None, None, None)
+        self.calls.append(((x, y, z), rest[5:]))
 
 
 class Kernel:
@@ -34,7 +43,8 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def call(*arguments: Any, **constants: Any) -> Any:
             self.first.append((grid, arguments, constants))
-            return None if self.interpreted else Compiled(self.later)
+            self.compiled = None if self.interpreted else Compiled(self.later)
+            return self.compiled
 
         return call
 
@@ -44,6 +54,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(play, "kernel_of", lambda name: made)
     monkeypatch.setattr(play, "_compiled", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     return made
 
 
@@ -108,3 +119,24 @@ def test_launches_of_other_constants_or_options_are_other_code() -> None:
     assert launch().code == launch(programs=9).code
     others = [launch(deep=32), launch(blocks=((8, 8),)), Launch(kernel="file.other", programs=3, constants={})]
     assert len({one.code for one in [launch(), *others]}) == 4
+
+
+def test_run_under_a_profiler_of_triton_goes_the_way_that_tells_it(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play.run(launch(), ROWS, 4, OUT)
+    hooks = type("Hooks", (), {"launch_enter_hook": print, "launch_exit_hook": None})
+    monkeypatch.setattr(play, "_runtime", lambda: hooks)
+    play.run(launch(), ROWS, 4, OUT)
+    assert not kernel.later and len(kernel.compiled.watched) == 1
+
+
+def test_compiled_kernels_of_the_installed_triton_are_called_as_here() -> None:
+    import inspect
+
+    from triton.compiler.compiler import CompiledKernel
+
+    call = inspect.getsource(CompiledKernel.__getitem__)
+    assert "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata" in call
+    assert "launch_enter_hook" in call and "launch_exit_hook, *args)" in call
+    assert not play._watched()

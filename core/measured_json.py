@@ -1,0 +1,89 @@
+"""A GPU benchmark's JSON as runs of measured.toml: `python -m moebius.core.measured_json F >> core/measured.toml`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moebius.core.config import EXPERT_BACKENDS
+
+_PASSES = ("forward", "both")
+_REPLAYED = ("forward_graph", "both_graph")  # from CUDA graphs
+_SIZES = {"E": "n_experts", "K": "k", "D": "dim", "I": "inter", "T": "tokens"}
+
+
+def runs(figures: Mapping[str, Any], *, capability: str, date: str, command: str) -> str:
+    """One run for each frontend, with the rows that are a backend and nothing else, where two passes were timed.
+
+    Args:
+        figures: what benchmarks/gpu_experts.py or gpu_flax.py wrote. capability: of the device, such as "9.0".
+        date: ISO. command: that measured.
+    """
+    machine = {name: str(value) for name, value in figures["machine"].items()}
+    head = {
+        "device": machine.pop("GPU", "no GPU"),
+        "capability": capability,
+        "dtype": "bfloat16",
+        "versions": ", ".join(f"{name} {value}" for name, value in machine.items()),
+        "command": command,
+    }
+    return "".join(_run(frontend, date, head, figures) for frontend in ("torch", "jax"))
+
+
+def _run(frontend: str, date: str, head: Mapping[str, str], figures: Mapping[str, Any]) -> str:
+    points = list(_points(frontend, figures))
+    if not points:
+        return ""
+    # A string of TOML is one of JSON, of characters that both write alike.
+    stated = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]
+    lines = ["", "[[run]]", f'frontend = "{frontend}"', f"date = {date}", *stated, "points = [", *points, "]"]
+    return "\n".join(lines) + "\n"
+
+
+def _points(frontend: str, figures: Mapping[str, Any]) -> Iterator[str]:
+    for key, shape in figures["shapes"].items():
+        found = {
+            name: _figures(result)
+            for result in figures["results"]
+            if result["shape"] == key and all(each in result for each in _PASSES)
+            if (name := _backend(figures["rows"][result["row"]], frontend)) is not None
+        }
+        if found:
+            sizes = [f"layer = {json.dumps(shape['name'])}", *(f"{name} = {shape[of]}" for name, of in _SIZES.items())]
+            cells = ", ".join([*sizes, *(f"{name} = {both}" for name, both in found.items())])
+            yield f"    {{ {cells} }},"
+
+
+def _figures(result: Mapping[str, Any]) -> list[float]:
+    """Rounded; of graphs too where both passes were replayed."""
+    passes = _PASSES + (_REPLAYED if all(each in result for each in _REPLAYED) else ())
+    return [float(f"{result[each]['tflops']:.4g}") for each in passes]
+
+
+def _backend(title: str, frontend: str) -> str | None:
+    """The backend of a row's title, such as "moebius triton" or "Flax tokamax"; None for anything else."""
+    first, _, name = title.partition(" ")
+    own = {"torch": ("moebius", "PyTorch"), "jax": ("Flax",)}[frontend]
+    return name if first in own and name in EXPERT_BACKENDS else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the runs of the files."""
+    parser = argparse.ArgumentParser(prog="python -m moebius.core.measured_json", description=__doc__)
+    parser.add_argument("file", nargs="+", type=Path, help="that a GPU benchmark's --json wrote")
+    parser.add_argument("--capability", default="9.0", help="compute capability of the device (%(default)s)")
+    parser.add_argument("--date", help="of the run, ISO; by default that of the file")
+    parser.add_argument("--command", default="benchmarks/run_gpu", help="that measured (%(default)s)")
+    options = parser.parse_args(arguments)
+    for file in options.file:
+        written = datetime.fromtimestamp(file.stat().st_mtime, tz=UTC).date().isoformat()
+        told = {"capability": options.capability, "date": options.date or written, "command": options.command}
+        print(runs(json.loads(file.read_text()), **told), end="")
+
+
+if __name__ == "__main__":
+    main()
