@@ -18,7 +18,17 @@ SUITES = {
     "compare": "cpu_compare",
 }
 # With options of their own; "paper_dispatch" runs nothing but arithmetic.
-APART = ("gpu_experts", "gpu_flax", "paper_dispatch")
+APART = (
+    "gpu_all",
+    "gpu_few",
+    "gpu_gptoss",
+    "gpu_growth",
+    "gpu_portable",
+    "gpu_experts",
+    "gpu_flax",
+    "paper_dispatch",
+    "results",
+)
 
 
 def main() -> int:

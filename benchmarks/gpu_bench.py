@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 import traceback
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import gpu_check, gpu_problem
 from benchmarks.gpu_floors import Ceilings, compute_floor, kernel_floor
+from benchmarks.gpu_machine import machine
 from benchmarks.gpu_meter import Meter, clear
 from benchmarks.gpu_problem import Candidate, Problem, Routing, Shape
 from benchmarks.gpu_tables import PASSES, Figures
@@ -79,7 +79,11 @@ class Bench:
         meter: of the device. rows: the candidates, by key. shapes: sizes, by key.
         options: runs, rounds, budget, skew, inference; see benchmarks.gpu_experts.
         say: takes a line of progress.
+
+    `passes` are the names of what is timed, one figure each; those that begin with "both" hold a backward pass.
     """
+
+    passes: Sequence[str] = PASSES
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class Bench:
         self.meter, self.rows, self.shapes, self.options, self.say = meter, rows, shapes, options, say
         self.started = time.monotonic()
         self.figures: Figures = {
-            "machine": _machine(),
+            "machine": machine(),
             "options": vars(options),
             "rows": {key: row.title for key, row in rows.items()},
             "skew_exponent": options.skew,
@@ -149,7 +153,7 @@ class Bench:
         """
         self.meter.fresh()
         shape = self.shapes[key]
-        entry = {**asdict(shape), "weight_bytes": shape.weight_bytes(), "least_bytes": shape.least_bytes()}
+        entry = {**asdict(shape), **shape.sizes()}
         entry["floors"] = _floors(shape, Ceilings(**self.figures["ceilings"][-1]))
         self.figures["shapes"][key] = entry
         problem = gpu_problem.draw(shape, self.meter.device)
@@ -157,7 +161,7 @@ class Bench:
         lanes = [Lane(row=row, result={"shape": key, "row": name, "kind": row.kind}) for name, row in self.rows.items()]
         self.figures["results"] += [lane.result for lane in lanes]
         self._prepare_all(lanes, problem, expected)
-        self._rounds(lanes, problem, problem.routing)
+        self._rounds(lanes, problem, problem.routing, self.options.rounds)
         if self.options.skew:
             self._skewed(lanes, problem, entry)
 
@@ -180,7 +184,7 @@ class Bench:
         lane.result |= {"note": candidate.note, "first_s": time.perf_counter() - start}
         lane.result["errors"] = gpu_check.errors(expected, gpu_check.left_by(problem, candidate, y.detach()))
         del y
-        gpu_check.require(lane.result["errors"])
+        gpu_check.require(lane.result["errors"], problem.shape.dtype)
         forward, both = self._passes(candidate, problem, problem.routing)
         both()
         memory = self.meter.memory(self._call(candidate, problem, problem.routing), problem.dy, leaves)
@@ -207,19 +211,19 @@ class Bench:
 
         return [forward, lambda: call().backward(problem.dy)]
 
-    def _rounds(self, lanes: Sequence[Lane], problem: Problem, routing: Routing) -> None:
+    def _rounds(self, lanes: Sequence[Lane], problem: Problem, routing: Routing, rounds: int) -> None:
         """Time all lanes in turn, back and forth; then the medians."""
         samples: dict[tuple[str, str], list[list[float]]] = {}
-        for turn in range(self.options.rounds):
+        for turn in range(rounds):
             for lane in list(lanes)[:: -1 if turn % 2 else 1]:
                 if not lane.out:
                     self._try(lane, "timed", partial(self._time, lane, problem, routing, samples))
         for lane in lanes:
-            for name in PASSES:
-                rounds = samples.get((lane.result["row"], name))
-                if rounds:
-                    lane.result[name] = _summary(rounds, problem.shape.flops(name == "both"))
-            timed = [f"{name} {lane.result[name]['ms']:.3f} ms" for name in PASSES if name in lane.result]
+            for name in self.passes:
+                found = samples.get((lane.result["row"], name))
+                if found:
+                    lane.result[name] = _summary(found, problem.shape.flops(name.startswith("both")))
+            timed = [f"{name} {lane.result[name]['ms']:.3f} ms" for name in self.passes if name in lane.result]
             if timed:
                 self.say(f"  {lane.row.title}: " + ", ".join(timed))
 
@@ -245,7 +249,7 @@ class Bench:
             for lane in there
         ]
         self.figures["skew"] += [lane.result for lane in skewed]
-        self._rounds(skewed, problem, routing)
+        self._rounds(skewed, problem, routing, max(2, self.options.rounds // 2))
 
     def _try(self, lane: Lane, step: str, action: Callable[[], object]) -> None:
         """Whatever goes wrong with one candidate is its reason, not the end of the run."""
@@ -291,10 +295,3 @@ def _summary(rounds: list[list[float]], flops: float) -> dict[str, Any]:
         "high_ms": every[len(every) * 4 // 5],
         "runs": len(every),
     }
-
-
-def _machine() -> dict[str, str]:
-    found = {"Python": platform.python_version(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        found = {"GPU": torch.cuda.get_device_name(), **found, "CUDA": str(torch.version.cuda)}
-    return found

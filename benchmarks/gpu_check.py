@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.gpu_problem import Candidate, Problem
+from moebius.core.activations import ACTIVATIONS
 
 TOLERANCE = 0.02  # bfloat16 operands give 1e-3 to 1e-2; a wrong row, expert or weight gives 0.1 and more
 N_TOKENS = 64
+TOLERANCES = {"float32": 2e-5}  # of sums over thousands of products; TF32 gives 3e-4
+GRADIENTS = ("dup", "ddown", "dup_bias", "ddown_bias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,18 +29,18 @@ class Reference:
     y: Tensor
     dx: Tensor
     dweights: Tensor
-    experts: dict[int, tuple[Tensor, Tensor]]
+    experts: dict[int, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
     """What a candidate computed: y [T, D], and where it ran backward dx, dweights [T, K] and, by expert, the gradients
-    of up [D, 2I] and down [I, D]."""
+    of up [D, 2I], of down [I, D] and, where there are any, of their biases."""
 
     y: Tensor
     dx: Tensor | None = None
     dweights: Tensor | None = None
-    gradients: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    gradients: Callable[[int], tuple[Tensor, ...]] | None = None
 
 
 def reference(problem: Problem) -> Reference:
@@ -50,7 +52,7 @@ def reference(problem: Problem) -> Reference:
     for expert in range(problem.shape.n_experts):
         at, slot = (indices[chosen] == expert).nonzero(as_tuple=True)
         if len(at):
-            part, (dx_part, dw_part, _, _) = _expert(problem, expert, chosen[at], slot)
+            part, (dx_part, dw_part, *_) = _expert(problem, expert, chosen[at], slot)
             y.index_add_(0, at, part)
             dx.index_add_(0, at, dx_part)
             dweights[at, slot] = dw_part
@@ -59,7 +61,7 @@ def reference(problem: Problem) -> Reference:
     for expert in {int(sizes.argmax()), int(sizes.argmin())}:
         token, slot = (indices == expert).nonzero(as_tuple=True)
         experts[expert] = _expert(problem, expert, token, slot)[1][2:]
-    return Reference(tokens=chosen, y=y, dx=dx, dweights=dweights, experts=experts)  # type: ignore[arg-type]
+    return Reference(tokens=chosen, y=y, dx=dx, dweights=dweights, experts=experts)
 
 
 def left_by(problem: Problem, candidate: Candidate, y: Tensor) -> Found:
@@ -78,26 +80,27 @@ def errors(expected: Reference, found: Found) -> dict[str, float]:
         relative["dweights"] = _relative(found.dweights[chosen], expected.dweights)
     if found.gradients is not None:
         pairs = [(found.gradients(expert), due) for expert, due in expected.experts.items()]
-        for at, name in enumerate(("dup", "ddown")):
+        for at, name in enumerate(GRADIENTS[: len(pairs[0][1])]):
             relative[name] = max(_relative(gradients[at], due[at]) for gradients, due in pairs)
     if not all(bool(torch.isfinite(values).all()) for values in (found.y, found.dx) if values is not None):
         relative["values that are not finite"] = float("inf")
     return relative
 
 
-def require(found: dict[str, float]) -> None:
+def require(found: dict[str, float], dtype: str = "bfloat16") -> None:
     """Refuse a candidate that is wrong.
 
     Raises:
-        ValueError: a relative error above TOLERANCE, or NaN.
+        ValueError: a relative error above that dtype's tolerance, or NaN.
     """
-    wrong = ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= TOLERANCE)
+    tolerance = TOLERANCES.get(dtype, TOLERANCE)
+    wrong = ", ".join(f"{name} {error:.1e}" for name, error in found.items() if not error <= tolerance)
     if wrong:
-        raise ValueError(f"relative errors against float64 above {TOLERANCE}: {wrong}")
+        raise ValueError(f"relative errors against float64 above {tolerance}: {wrong}")
 
 
 def _expert(problem: Problem, expert: int, token: Tensor, slot: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One expert's weighted output for some of its rows, and the gradients of x, weight, up and down."""
+    """One expert's weighted output for some of its rows, and the gradients of x, weight, up, down and the biases."""
     leaves = [
         values.detach().double().requires_grad_()
         for values in (
@@ -105,12 +108,22 @@ def _expert(problem: Problem, expert: int, token: Tensor, slot: Tensor) -> tuple
             problem.routing.weights[token, slot],
             problem.up[expert],
             problem.down[expert],
+            *(bias[expert] for bias in problem.biases or ()),
         )
     ]
-    x_RD, weight_R, up_DU, down_ID = leaves
-    gate_RI, value_RI = (x_RD @ up_DU).chunk(2, dim=-1)
-    y_RD = (F.silu(gate_RI) * value_RI) @ down_ID * weight_R[:, None]
+    x_RD, weight_R, up_DU, down_ID, *biases = leaves
+    up_bias, down_bias = biases or (0.0, 0.0)
+    y_RD = (_activated(x_RD @ up_DU + up_bias, problem.activation) @ down_ID + down_bias) * weight_R[:, None]
     return y_RD.detach(), torch.autograd.grad(y_RD, leaves, problem.dy[token].double())
+
+
+def _activated(hidden_RU: Tensor, activation: str) -> Tensor:
+    """By the formula of moebius.core.activations, at its defaults."""
+    row = ACTIVATIONS[activation]
+    gate_RI, value_RI = (hidden_RU[:, ::2], hidden_RU[:, 1::2]) if row.interleaved else hidden_RU.chunk(2, dim=-1)
+    if row.limit is not None:
+        gate_RI, value_RI = gate_RI.clamp(max=row.limit), value_RI.clamp(-row.limit, row.limit)
+    return gate_RI * torch.sigmoid(row.alpha * gate_RI) * (value_RI + row.up_offset)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,44 @@ def parser(name: str, description: str | None, rows: Iterable[str]) -> argparse.
     made = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
     add = made.add_argument
     add("--shapes", nargs="*", choices=list(SHAPES), help="which; all by default")
-    add("--only", nargs="*", choices=list(rows), metavar="ROW", help=f"which of {', '.join(rows)}")
+    names = list(rows)
+    add("--only", nargs="*", choices=names, metavar="ROW", help=f"which of {', '.join(names)}")
+    add("--also", nargs="*", choices=names, metavar="ROW", default=[], help="these beside those that run by default")
+    add("--without", nargs="*", choices=names, metavar="ROW", default=[], help="which of them not")
     add("--rounds", type=int, default=2, help="how often each candidate's turn comes (default %(default)s)")
     add("--json", type=Path, help="write every figure here")
     add("--dry", action="store_true", help="tiny sizes on the CPU: does it run? The figures mean nothing")
+    made.set_defaults(suite=name)
     return made
 
 
+def walled(made: argparse.ArgumentParser, *, rep: float, warmup: float, rounds: int, budget: float) -> None:
+    """The options of a run that is timed by the host's clock; see benchmarks.gpu_wall."""
+    add = made.add_argument
+    add("--rep", type=float, default=rep, help="ms of runs a candidate, pass and round (default %(default)s)")
+    add("--warmup", type=float, default=warmup, help="ms of warm-up before them (default %(default)s)")
+    add("--groups", type=int, default=1, help="groups that those runs come in (default 1)")
+    add("--slow", type=float, default=200, help="ms of a pass that is timed in two rounds alone (default 200)")
+    add("--budget", type=float, default=budget, help="seconds after which nothing new starts (default %(default)s)")
+    made.set_defaults(skew=0.0, inference=True, rounds=rounds)
+
+
+def parse(made: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, and as `command` the line that asks for them; without --json, which changes no figure."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = made.parse_args(given)
+    if "--json" in given:
+        at = given.index("--json")
+        del given[at : at + 2]
+    options.command = shlex.join(["python", "-m", "benchmarks", options.suite, *given])
+    return options
+
+
 def rows(table: Mapping[str, Row], options: argparse.Namespace) -> dict[str, Row]:
-    """Those that were named, or those that run by default."""
-    return {key: row for key, row in table.items() if (key in options.only if options.only else row.default)}
+    """Those that were named, or those that run by default and beside them; less those that are not wanted."""
+    given = options.only or [*options.also, *(key for key, row in table.items() if row.default)]
+    named = {key: row for key, row in table.items() if key in given}
+    return {key: row for key, row in named.items() if key not in options.without}
 
 
 def shapes(options: argparse.Namespace) -> dict[str, Shape]:

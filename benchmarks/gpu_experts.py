@@ -28,12 +28,20 @@ ROWS = {
     ),
     "composite": row("PyTorch composite", "peer", "composite"),
     COMPILED: row("PyTorch composite, compiled", "peer", "composite", skew=True, compiled=True),
-    "transformers": row("transformers grouped_mm", "peer", "huggingface"),
+    "transformers": row("transformers grouped_mm", "peer", "huggingface", skew=True),
     "automodel": row("NeMo Automodel torch_mm", "peer", "automodel"),
     "te_layers": row("TE GroupedLinear", "peer", "transformer_engine"),
     "te_layers_compiled": row(
-        "TE GroupedLinear, activation compiled", "peer", "transformer_engine", default=False, compiled=True
+        "TE GroupedLinear, activation compiled",
+        "peer",
+        "transformer_engine",
+        default=False,
+        skew=True,
+        compiled=True,
     ),
+    "liger": row("Liger fused MoE", "peer", "liger", default=False),
+    "liger_composite": row("PyTorch composite, Liger's SwiGLU", "peer", "liger_composite", default=False),
+    "sonic": row("SonicMoE", "peer", "sonic", default=False),
 }
 
 
@@ -54,7 +62,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", type=float, default=280, help="seconds after which nothing new starts (default 280)")
     add("--skew", type=float, nargs="?", const=1.0, default=0.0, help="also Zipf routing, of this exponent (1)")
     add("--inference", action="store_true", help="time the forward pass without a graph; else as in training")
-    return parser.parse_args(arguments)
+    return gpu_command.parse(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.gpu_meter import Cuda, Dry
 from benchmarks.gpu_tables import GIB, PASSES, Figures, least, lines, pair, reasons, speed
 
 ROWS = {
+    "triton": row("Flax triton", "ours", "ours_jax", backend="triton"),
     "tokamax": row("Flax tokamax", "ours", "ours_jax", backend="tokamax"),
     "te": row("Flax te", "ours", "ours_jax", backend="te"),
     "loop": row("Flax loop", "ours", "ours_jax", default=False, backend="loop"),
@@ -43,7 +44,6 @@ ROWS = {
         gathers=True,
     ),
     "jax_ragged_dot": row("JAX composite, lax.ragged_dot", "peer", "composite_jax", product="ragged_dot"),
-    "triton": row("Flax triton", "ours", "ours_jax", backend="triton"),
     "torch_triton": row("PyTorch triton", "torch", "ours", experts="triton"),
     "torch_grouped_mm": row("PyTorch grouped_mm", "torch", "ours", experts="grouped_mm"),
     "torch_te": row("PyTorch te", "torch", "ours", experts="te"),
@@ -73,14 +73,9 @@ def tables(figures: Figures) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = gpu_command.parser("gpu_flax", __doc__, ROWS)
-    add = parser.add_argument
-    add("--rep", type=float, default=60, help="ms of runs a candidate, pass and round (default 60)")
-    add("--warmup", type=float, default=20, help="ms of warm-up before them (default 20)")
-    add("--groups", type=int, default=1, help="groups that those runs come in (default 1)")
-    add("--threads", type=int, default=4, help="programs compiled at a time (default 4)")
-    add("--budget", type=float, default=240, help="seconds after which nothing new starts (default 240)")
-    parser.set_defaults(skew=0.0, inference=True, rounds=8)
-    return parser.parse_args(arguments)
+    gpu_command.walled(parser, rep=60, warmup=20, rounds=8, budget=240)
+    parser.add_argument("--threads", type=int, default=4, help="programs compiled at a time (default 4)")
+    return gpu_command.parse(parser, arguments)
 
 
 def _memory(figures: Figures) -> str:
@@ -95,10 +90,11 @@ def _health(figures: Figures) -> str:
     title = (
         "what the host waits for; largest relative error; spread of the rounds; compiling both passes, or first call"
     )
-    return "\n".join(lines(figures, title, _found))
+    return "\n".join(lines(figures, title, health))
 
 
-def _found(result: dict[str, Any]) -> str:
+def health(result: dict[str, Any]) -> str:
+    """What the host waits for, the largest error, the spread of the rounds, seconds until the first figure."""
     if not result.get("errors"):
         return "-"
     drift = max((result[name]["drift"] for name in PASSES if name in result), default=float("nan"))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from benchmarks import gpu_check, gpu_jax
-from benchmarks.gpu_bench import Bench, Lane
-from benchmarks.gpu_meter import clear
+from benchmarks.gpu_bench import Lane
 from benchmarks.gpu_problem import Problem, Routing
 from benchmarks.gpu_tables import PASSES
+from benchmarks.gpu_wall import Calls, WallBench
 
 
-class FlaxBench(Bench):
-    """See Bench; rows whose module ends in "_jax" are programs of JAX, the others candidates of PyTorch."""
+class FlaxBench(WallBench):
+    """See WallBench; rows whose module ends in "_jax" are programs of JAX, the others candidates of PyTorch."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
@@ -78,33 +78,10 @@ class FlaxBench(Bench):
         self.meter.poison_jax()
         return gpu_check.errors(expected, gpu_jax.found(name, program.call(name)()))
 
-    def _time(
-        self, lane: Lane, problem: Problem, routing: Routing, samples: dict[tuple[str, str], list[list[float]]]
-    ) -> None:
-        """See Bench; by groups of calls, in both frameworks."""
-        options = self.options
-        for name, (call, wait) in self._calls(lane, problem, routing).items():
-            found = gpu_jax.grouped(
-                call, wait, warmup_ms=options.warmup, rep_ms=options.rep, groups=1 if options.dry else options.groups
-            )
-            samples.setdefault((lane.result["row"], name), []).append(found)
-        if lane.candidate is not None:
-            clear(lane.leaves(problem, routing))
+    def _calls(self, lane: Lane, problem: Problem, routing: Routing) -> Calls:
+        """See WallBench."""
+        if lane.program is None:
+            return super()._calls(lane, problem, routing)
+        import jax
 
-    def _calls(
-        self, lane: Lane, problem: Problem, routing: Routing
-    ) -> dict[str, tuple[Callable[[], object], Callable[[Any], object]]]:
-        """By pass: the call, and what waits for its result."""
-        if lane.program is not None:
-            import jax
-
-            return {name: (lane.program.call(name), jax.block_until_ready) for name in lane.program.compiled}
-        assert lane.candidate is not None
-        leaves = lane.leaves(problem, routing)
-
-        def fresh(call: Callable[[], object]) -> object:
-            clear(leaves)
-            return call()
-
-        passes = zip(PASSES, self._passes(lane.candidate, problem, routing), strict=True)
-        return {name: (partial(fresh, call), lambda _: self.meter.wait()) for name, call in passes}
+        return {name: (lane.program.call(name), jax.block_until_ready) for name in lane.program.compiled}

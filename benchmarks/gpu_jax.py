@@ -1,4 +1,4 @@
-"""JAX in the GPU benchmark: inputs that are PyTorch's memory, programs compiled ahead, and how both are timed alike."""
+"""JAX in the GPU benchmark: inputs that are PyTorch's memory, and programs that are compiled ahead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check import Found
+from benchmarks.gpu_machine import versions
 from benchmarks.gpu_problem import Problem
 from benchmarks.gpu_tables import PASSES
 
@@ -155,11 +155,7 @@ def start() -> dict[str, str]:
         from absl import logging
 
         logging.set_verbosity(logging.ERROR)  # tokamax warns of each shape that it has no tuning for
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return versions(PACKAGES)
 
 
 def without_xprof() -> None:
@@ -218,32 +214,6 @@ def found(name: str, result: Any) -> Found:
         dweights=to_torch(dweights, alias=True),
         gradients=lambda expert: (up[expert], down[expert]),
     )
-
-
-def grouped(
-    call: Callable[[], object], wait: Callable[[Any], object], *, warmup_ms: float, rep_ms: float, groups: int
-) -> list[float]:
-    """Milliseconds a call, of groups of calls that follow each other without waiting; each ends when its work is done.
-
-    Groups last about rep_ms together; of calls so long that a group is one of them, there are fewer, at least 3.
-
-    Args:
-        wait: takes the last call's result; returns when it is there.
-    """
-
-    def run(n: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(n):
-            result = call()
-        wait(result)
-        return 1e3 * (time.perf_counter() - begin)
-
-    run(1)
-    once = max(run(1), 1e-3)
-    run(max(1, min(1000, int(warmup_ms / once))))
-    n = max(1, min(1000, int(rep_ms / groups / once)))
-    count = groups if n > 1 else max(3, min(groups, int(rep_ms / once)))
-    return [run(n) / n for _ in range(count)]
 
 
 def device_bytes(tensor: Tensor) -> int | None:

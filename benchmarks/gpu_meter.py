@@ -73,6 +73,13 @@ class Meter:
         """file:line of each point in one call where the host waited for the device."""
         raise NotImplementedError
 
+    def capture(self, call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[Call, Tensor]:
+        """What replays a call's kernels from a graph, and the tensor that it returned, which each replay fills anew.
+
+        The leaves hold afterwards the gradients that each replay fills.
+        """
+        raise NotImplementedError
+
     def ceilings(self) -> Ceilings:
         """This device's rates, measured."""
         raise NotImplementedError
@@ -150,6 +157,21 @@ class Cuda(Meter):
                 torch.cuda.set_sync_debug_mode("default")
         return [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message)]
 
+    def capture(self, call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[Call, Tensor]:
+        """See Meter; what a capture asks for first, calls on another stream, included."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                clear(leaves)
+                call()
+        torch.cuda.current_stream().wait_stream(aside)
+        clear(leaves)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        return graph.replay, found
+
     def ceilings(self) -> Ceilings:
         """See Meter: an 8192-cubed product of random bfloat16, a copy of 4 GiB."""
         return _ceilings(self, 8192, 4 << 30)
@@ -177,6 +199,24 @@ class Dry(Meter):
         forward().backward(dy)
         clear(leaves)
 
+    def capture(self, call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[Call, Tensor]:
+        """See Meter; here the replay is the call again, into the same memory."""
+        clear(leaves)
+        found = call()
+        held = [leaf.grad for leaf in leaves]
+
+        def replay() -> None:
+            clear(leaves)
+            again = call()
+            with torch.no_grad():
+                found.copy_(again)
+                for leaf, old in zip(leaves, held, strict=True):
+                    if old is not None and leaf.grad is not None:
+                        old.copy_(leaf.grad)
+                    leaf.grad = old
+
+        return replay, found
+
     def syncs(self, call: Call) -> list[str]:
         """See Meter."""
         call()
@@ -194,9 +234,11 @@ def clear(leaves: Iterable[Tensor]) -> None:
 
 
 def _ceilings(meter: Meter, size: int, n_bytes: int) -> Ceilings:
-    a, b = (torch.randn(size, size, device=meter.device, dtype=torch.bfloat16) for _ in range(2))
+    # Its own: after a graph capture that failed PyTorch's default generator may be out of order.
+    generator = torch.Generator(meter.device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=meter.device, dtype=torch.bfloat16) for _ in range(2))
     product = statistics.median(meter.times(lambda: a @ b, (), 10))
-    source = torch.randint(0, 255, (n_bytes,), dtype=torch.uint8, device=meter.device)
+    source = torch.randint(0, 255, (n_bytes,), generator=generator, dtype=torch.uint8, device=meter.device)
     target = torch.empty_like(source)
     copy = statistics.median(meter.times(lambda: target.copy_(source), (), 10))
     return Ceilings(flops=2 * size**3 / product * 1e3, bytes=2 * n_bytes / copy * 1e3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ class Shape:
     k: int
     dim: int
     inter: int
+    dtype: str = "bfloat16"
 
     @property
     def rows(self) -> int:
@@ -37,9 +38,21 @@ class Shape:
         """Of the experts' weights, and so of their gradients."""
         return element * self.n_experts * 3 * self.dim * self.inter
 
+    def result_bytes(self, element: int = 2) -> int:
+        """What a forward and backward pass returns: y, and the gradients of x, routing weights and experts."""
+        return element * (2 * self.tokens * self.dim + self.rows) + self.weight_bytes(element)
+
+    def work_bytes(self, element: int = 2) -> int:
+        """What it may hold besides, and 2 % more: pre-activations, their gradient, one [R, I], one [R, D]."""
+        return element * self.rows * (5 * self.inter + self.dim)
+
+    def sizes(self) -> dict[str, int]:
+        """All of these, by name."""
+        return {name: getattr(self, name)() for name in ("weight_bytes", "least_bytes", "result_bytes", "work_bytes")}
+
     def tiny(self) -> Shape:
         """The same kind of layer in sizes for a dry run on a CPU."""
-        return Shape(name=self.name, tokens=64, n_experts=8, k=min(self.k, 4), dim=64, inter=32)
+        return replace(self, tokens=64, n_experts=8, k=min(self.k, 4), dim=64, inter=32)
 
 
 SHAPES = {
@@ -63,7 +76,12 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Inputs on the device: x and dy [T, D], weights up [E, D, 2I] (gate first) and down [E, I, D]."""
+    """Inputs on the device: x and dy [T, D], weights up [E, D, 2I] and down [E, I, D]; gate first, with SwiGLU.
+
+    Attributes:
+        activation: another one of moebius.core.activations, which says where the gate lies.
+        biases: of up [E, 2I] and down [E, D], where there are any.
+    """
 
     shape: Shape
     x: Tensor
@@ -71,6 +89,8 @@ class Problem:
     up: Tensor
     down: Tensor
     routing: Routing
+    activation: str = "swiglu"
+    biases: tuple[Tensor, Tensor] | None = None
 
     @property
     def compiler(self) -> str:
@@ -85,19 +105,24 @@ class Candidate:
     Attributes:
         call: (x [T, D], weights [T, K], indices [T, K]) -> y [T, D].
         parameters: its leaves; call and backward leave a gradient in each.
-        gradients: expert -> gradients of up [D, 2I] and down [I, D], as the problem lays them out.
+        gradients: expert -> gradients of up [D, 2I] and down [I, D], as the problem lays them out; of their biases
+            too, where it has them.
         note: what it is, in a few words.
     """
 
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
     parameters: Sequence[nn.Parameter]
-    gradients: Callable[[int], tuple[Tensor, Tensor]]
+    gradients: Callable[[int], tuple[Tensor, ...]]
     note: str = ""
 
 
-def draw(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Problem:
-    """Random inputs and weights that keep unit variance through both products; uniform routing."""
-    generator = torch.Generator(device).manual_seed(seed)
+def draw(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype | None = None) -> Problem:
+    """Random inputs and weights that keep unit variance through both products; uniform routing.
+
+    Args:
+        dtype: of all of them; None for the shape's.
+    """
+    generator, dtype = torch.Generator(device).manual_seed(seed), dtype or getattr(torch, shape.dtype)
 
     def normal(*sizes: int, std: float = 1.0) -> Tensor:
         return torch.randn(*sizes, generator=generator, device=device, dtype=dtype).mul_(std)
@@ -111,6 +136,19 @@ def draw(shape: Shape, device: str, seed: int = 0, dtype: torch.dtype = torch.bf
         down=normal(s.n_experts, s.inter, s.dim, std=s.inter**-0.5),
         routing=route(s, device, seed=seed, dtype=dtype),
     )
+
+
+def with_layer(problem: Problem, activation: str, bias: bool, seed: int = 0) -> Problem:
+    """The same inputs for a layer with another activation and, where asked for, random biases."""
+    if not bias:
+        return replace(problem, activation=activation)
+    s, like = problem.shape, problem.up
+    generator = torch.Generator(like.device).manual_seed(seed + 2)
+    up, down = (
+        torch.randn(s.n_experts, width, generator=generator, device=like.device, dtype=like.dtype)
+        for width in (2 * s.inter, s.dim)
+    )
+    return replace(problem, activation=activation, biases=(up, down))
 
 
 def route(

@@ -16,7 +16,7 @@ def tables(figures: Figures) -> str:
     """All tables and, below them, why a cell is empty."""
     parts = [speed(figures, {"best of ours / best peer": "peer"}), _memory(figures), _health(figures)]
     if figures["skew"]:
-        parts.append(_skew(figures))
+        parts.append(skewed(figures))
     return "\n\n".join([*parts, "\n".join(reasons(figures))]).rstrip()
 
 
@@ -26,8 +26,12 @@ def best(results: Iterable[dict[str, Any]], shape: str, kind: str, name: str) ->
     return min(there, key=lambda r: float(r[name]["ms"]), default=None)
 
 
-def speed(figures: Figures, against: Mapping[str, str]) -> str:
-    """TFLOP/s, the floors, and the ratio of the fastest of ours to the fastest of each kind in `against`, by title."""
+def speed(figures: Figures, against: Mapping[str, str | tuple[str, str]]) -> str:
+    """TFLOP/s, the floors, and the ratio of the fastest of ours to the fastest of each kind in `against`, by title.
+
+    Args:
+        against: title -> a kind; or two kinds, the first in the place of ours.
+    """
 
     def cell(result: dict[str, Any]) -> str:
         return pair(result.get(name, {}).get("tflops") for name in PASSES)
@@ -50,8 +54,9 @@ def speed(figures: Figures, against: Mapping[str, str]) -> str:
         floors = shape["floors"]
         share.append(pair((over(floors[n]["kernel_ms"], ms(key, "ours", n)) for n in PASSES), "{:.2f}"))
     table.append(line("best of ours, share of that floor", share))
-    for title, kind in against.items():
-        ratios = [[over(ms(key, kind, n), ms(key, "ours", n)) for n in PASSES] for key in figures["shapes"]]
+    for title, kinds in against.items():
+        mine, theirs = ("ours", kinds) if isinstance(kinds, str) else kinds
+        ratios = [[over(ms(key, theirs, n), ms(key, mine, n)) for n in PASSES] for key in figures["shapes"]]
         table.append(line(title, [pair(both, "{:.2f}") for both in ratios]))
     return "\n".join(table)
 
@@ -97,7 +102,8 @@ def _health(figures: Figures) -> str:
     return "\n".join(lines(figures, title, cell))
 
 
-def _skew(figures: Figures) -> str:
+def skewed(figures: Figures) -> str:
+    """TFLOP/s of the rows that also ran with experts of unequal popularity."""
     table = [f"| Zipf routing ({figures['skew_exponent']}), TFLOP/s |" + _heads(figures), _rule(figures)]
     for row, title in figures["rows"].items():
         there = {r["shape"]: r for r in figures["skew"] if r["row"] == row}

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[2]))  # benchmarks is no part of the 
 
 import jax
 
-from benchmarks import gpu_check, gpu_flax, gpu_jax
+from benchmarks import gpu_check, gpu_flax, gpu_jax, gpu_wall
 from benchmarks.gpu_problem import SHAPES, draw
 from benchmarks.peers import composite_jax, ours_jax
 
@@ -282,7 +282,7 @@ def test_without_xprof_makes_the_module_that_tokamax_imports(monkeypatch: pytest
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Seconds on the clock, in a list of one."""
     now = [0.0]
-    monkeypatch.setattr(gpu_jax.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(gpu_wall.time, "perf_counter", lambda: now[0])
     yield now
 
 
@@ -300,7 +300,7 @@ def _timed(clock: list[float], ms: float, groups: int) -> tuple[list[float], lis
         sizes.append(waiting[0])
         waiting[0] = 0
 
-    return gpu_jax.grouped(call, wait, warmup_ms=20, rep_ms=100, groups=groups), sizes
+    return gpu_wall.grouped(call, wait, warmup_ms=20, rep_ms=100, groups=groups), sizes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""The measured figures as one document: RESULTS.md and its plots, made anew from the JSON files that are kept.
+
+`python -m benchmarks results FILE.json ...` keeps the figures of these runs under benchmarks/figures/, small and under
+the files' own names, then writes RESULTS.md and plots/ from everything there. A suite that ran in parts, each with
+other shapes, is one set of tables. Without files it only writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks import results_files, results_plots
+from benchmarks.gpu_tables import Figures
+
+HERE = Path(__file__).parent
+# In the order of the document: suite -> title.
+TITLES = {
+    "gpu_all": "Both frontends and every peer",
+    "gpu_few": "Few tokens",
+    "gpu_gptoss": "GPT-OSS' own layer",
+    "gpu_growth": "Growth",
+    "gpu_portable": "Portable kernels",
+}
+HEAD = """# Results on a GPU
+
+Written by `python -m benchmarks results` from the figures in `figures/`, and by nothing else.
+[README.md](README.md) says what a row is, how it is timed and checked, and what the limits are.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Keep what was named, then write the document and its plots."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks results", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="figures of runs, as --json wrote them")
+    for path in parser.parse_args(arguments).files:
+        print(f"kept {results_files.store(path, TITLES).name}")
+    kept = results_files.suites()
+    drawn = results_plots.draw({suite: results_files.joined(runs) for suite, runs in kept.items()}, HERE / "plots")
+    (HERE / "RESULTS.md").write_text(document(kept, drawn))
+    print(f"wrote benchmarks/RESULTS.md and {len(drawn)} plots")
+    return 0
+
+
+def document(kept: Mapping[str, Sequence[Figures]], drawn: Mapping[str, str]) -> str:
+    """RESULTS.md.
+
+    Args:
+        kept: suite -> its runs. drawn: a plot's file name -> its title, as results_plots.draw returns them.
+    """
+    parts = [HEAD.rstrip()]
+    for suite, title in TITLES.items():
+        if suite in kept:
+            tables = import_module(f"benchmarks.{suite}").tables(results_files.joined(kept[suite]))
+            plots = [f"![{words}](plots/{name})" for name, words in drawn.items() if name.startswith(f"{suite}_")]
+            parts += [f"## {title}", *(_run(run) for run in kept[suite]), tables, *plots]
+    if len(parts) == 1:
+        parts.append("Nothing is kept yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _run(figures: Figures) -> str:
+    """The machine, the versions, the ceilings and the command of a run."""
+    machine = ", ".join(f"{name} {version}" for name, version in figures["machine"].items())
+    ceilings = "; ".join(
+        f"{c['flops'] / 1e12:.0f} TFLOP/s and {c['bytes'] / 1e9:.0f} GB/s" for c in figures["ceilings"]
+    )
+    options = figures["options"]
+    rounds = f", {options['rounds']} rounds of {options['rep']:g} ms"
+    seconds = f" {figures['seconds']:.0f} s in all." if "seconds" in figures else ""
+    return f"`{options['command']}`\n\n{machine}{rounds}. Ceilings, before and after: {ceilings}.{seconds}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""Figures on disk: made small, kept beside the benchmarks, and joined where a suite ran in several parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_tables import Figures
+
+FOLDER = Path(__file__).parent / "figures"
+DIGITS = 5
+# No table shows them.
+DROPPED = ("json", "traceback", "low_ms", "high_ms", "runs", "xla_bytes", "inputs")
+JOINED = ("shapes", "results", "skew")
+
+
+def store(path: Path, known: Container[str], folder: Path | None = None) -> Path:
+    """Keep a run's figures, small, under the file's own name; where they are kept.
+
+    Raises:
+        ValueError: they are of no suite in `known`.
+    """
+    figures, folder = small(json.loads(path.read_text())), folder or FOLDER
+    if figures["options"].get("suite") not in known:
+        raise ValueError(
+            f"{path} holds figures of {figures['options'].get('suite')}, which has no place in the document"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / path.name
+    kept.write_text(_text(figures))
+    return kept
+
+
+def small(value: Any) -> Any:
+    """Without what no table shows; numbers to DIGITS digits."""
+    if isinstance(value, dict):
+        return {key: small(inner) for key, inner in value.items() if key not in DROPPED}
+    if isinstance(value, list):
+        return [small(inner) for inner in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def suites(folder: Path | None = None) -> dict[str, list[Figures]]:
+    """What is kept, by suite: the runs in the order of their files' names.
+
+    Raises:
+        ValueError: two files hold the same shape of one suite.
+    """
+    found: dict[str, list[Figures]] = {}
+    for path in sorted((folder or FOLDER).glob("*.json")):
+        figures = json.loads(path.read_text())
+        suite = figures["options"]["suite"]
+        seen = {shape for run in found.get(suite, []) for shape in run["shapes"]}
+        both = sorted(seen & set(figures["shapes"]))
+        if both:
+            raise ValueError(f"{path} holds {', '.join(both)} of {suite}, as another file does: remove one of them")
+        found.setdefault(suite, []).append(figures)
+    return found
+
+
+def joined(runs: Sequence[Figures]) -> Figures:
+    """The shapes of several runs side by side, each with the floors of its own run's ceilings."""
+    first, *others = runs
+    whole = {**first, **{key: type(first[key])(first[key]) for key in JOINED}, "rows": dict(first["rows"])}
+    for run in others:
+        whole["shapes"] |= run["shapes"]
+        whole["results"] += run["results"]
+        whole["skew"] += run["skew"]
+        whole["rows"] |= run["rows"]
+    return whole
+
+
+def _text(figures: Figures) -> str:
+    """JSON with a line for each entry of a list or dict at the top, so that a change shows where it is."""
+    parts = []
+    for key, value in figures.items():
+        if isinstance(value, list) and value:
+            parts.append(f"{json.dumps(key)}: [\n{_lines(json.dumps(v) for v in value)}\n]")
+        elif key == "shapes":
+            parts.append(
+                f"{json.dumps(key)}: {{\n{_lines(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in value.items())}\n}}"
+            )
+        else:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _lines(entries: Iterable[str]) -> str:
+    return ",\n".join(entries)
