@@ -1,4 +1,4 @@
-"""The Triton kernels of core.kernels on JAX's arrays, through jax-triton, or Triton's interpreter where that is on.
+"""The Triton kernels of core.kernels on JAX's arrays.
 
 Each function has the name and arguments of the PyTorch frontend's, and its kernel is compiled from the same constants.
 None has a gradient; under jax.vmap each runs one element of the batch after the other.
@@ -6,29 +6,22 @@ None has a gradient; under jax.vmap each runs one element of the batch after the
 
 from __future__ import annotations
 
-import re
 from functools import cache
-from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from moebius.core.activations import Activation
-from moebius.core.errors import BackendUnavailable
-from moebius.core.kernels import interpreter, plan, plan_grouped, plan_hopper, plan_portable
+from moebius.core.kernels import plan, plan_grouped, plan_hopper, plan_portable
 from moebius.core.kernels.plan_grouped import Device
-from moebius.jax_frontend import older_triton
 from moebius.jax_frontend.matmul import device_of
-from moebius.jax_frontend.operators import opaque, varying_like
+from moebius.jax_frontend.play import run
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-OLDEST = {"jax-triton": (0, 4, 1), "jaxlib": (0, 11, 1)}
 _H200 = Device((9, 0), 132)  # what is lowered for where there is no GPU
 
 
@@ -178,7 +171,7 @@ def activated_product(
     activation: Activation,
     bias_eU: Float[Array, "e U"] | None = None,
 ) -> tuple[Array, Array]:
-    """(`grouped_product`, its `activate_rows`); see `fuses`."""
+    """(`grouped_product` plus its bias, its `activate_rows`); see `fuses`."""
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
     processors = _where(rows_RD)[1].processors
@@ -197,104 +190,19 @@ def differentiated_product(
     hidden_RU: Float[Array, "R U"],
     row_weights_R: Float[Array, " R"],
     activation: Activation,
-    bias_eU: Float[Array, "e U"] | None = None,
 ) -> tuple[Array, Array, Array]:
     """(dhidden, act, dots): `activate_rows_backward` of the transposed product, and the activation of hidden.
+
+    hidden is that of `activated_product`, with its bias.
 
     dots [R, B] float32 are the parts of the routing weights' gradients; see `sum_dots`.
     """
     (R, D), I, dtype = dout_RD.shape, down_eID.shape[1], dout_RD.dtype
-    launch = plan_hopper.differentiated_product(_where(dout_RD)[1].processors, D, I, activation, bias_eU is not None)
-    given = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
+    launch = plan_hopper.differentiated_product(_where(dout_RD)[1].processors, D, I, activation)
+    given = dout_RD, down_eID, hidden_RU, row_weights_R, tiles_Q4
     out = _array(dtype, *hidden_RU.shape), _array(dtype, R, I), _array(jnp.float32, R, plan_hopper.dots(I))
     dhidden_RU, act_RI, dots_RB = run(launch, *given, out=out)
     return dhidden_RU, act_RI, dots_RB
-
-
-def run(launch: plan.Launch, *arguments: Any, out: Any) -> tuple[Array, ...]:
-    """Call one launch, of a problem without elements not at all: its results are zeros.
-
-    Args:
-        arguments: arrays, then numbers, as the kernel has them before its results; numbers are part of the program.
-        out: jax.ShapeDtypeStruct, or a tuple of them, of what the kernel writes.
-    """
-    results = tuple(out) if isinstance(out, tuple) else (out,)
-    arrays = [value for value in arguments if not isinstance(value, int)]
-    if not launch.programs or any(0 in array.shape for array in (*arrays, *results)):
-        return tuple(varying_like(jnp.zeros(result.shape, result.dtype), arrays[0]) for result in results)
-    places = tuple(None if isinstance(value, int) else at for at, value in enumerate(arguments))
-    numbers = tuple(value if place is None else None for value, place in zip(arguments, places, strict=True))
-    shapes = tuple((result.shape, str(jnp.dtype(result.dtype))) for result in results)
-    found: tuple[Array, ...] = tuple(_KERNEL.bind(*arrays, launch=launch, numbers=numbers, shapes=shapes))
-    return found
-
-
-def _play(
-    *arrays: Array,
-    launch: plan.Launch,
-    numbers: tuple[int | None, ...],
-    shapes: tuple[tuple[tuple[int, ...], str], ...],
-) -> list[Array]:
-    if plan_grouped.interpreted():
-        return _interpreted(arrays, launch, numbers, shapes)
-    described = [_descriptor(array, block) for array, block in zip(arrays, launch.blocks, strict=False)]
-    given = iter([*described, *arrays[len(described) :]])
-    arguments = [next(given) if number is None else number for number in numbers]
-    found = import_module("jax_triton").triton_call(
-        *arguments,
-        kernel=_kernel(launch.kernel),
-        out_type=tuple(_array(dtype, *shape) for shape, dtype in shapes),
-        grid=(launch.programs,),
-        backend_options=launch.options(),
-        **launch.constants,
-    )
-    return [varying_like(array, arrays[0]) for array in found]
-
-
-def _interpreted(
-    arrays: tuple[Array, ...],
-    launch: plan.Launch,
-    numbers: tuple[int | None, ...],
-    shapes: tuple[tuple[tuple[int, ...], str], ...],
-) -> list[Array]:
-    def play(*arrays: Any) -> list[np.ndarray]:
-        given = iter(arrays)
-        arguments = [np.asarray(next(given)) if number is None else number for number in numbers]
-        return interpreter.play(launch, arguments, shapes)
-
-    found = jax.pure_callback(play, [_array(dtype, *shape) for shape, dtype in shapes], *arrays)
-    return [varying_like(array, arrays[0]) for array in found]
-
-
-_KERNEL = opaque("moebius_kernel", _play, static=("launch", "numbers", "shapes"))
-
-
-def load() -> None:
-    """Make jax-triton ready for these kernels.
-
-    Raises:
-        BackendUnavailable: jax-triton or jaxlib is too old. Otherwise whatever an import raises.
-    """
-    for package, oldest in OLDEST.items():
-        found = version(package)
-        if tuple(map(int, re.findall(r"\d+", found)[:3])) < oldest:
-            wanted = ".".join(map(str, oldest))
-            do = f"pip install '{package}>={wanted}', on Python 3.12"
-            raise BackendUnavailable("moebius' kernels in JAX", f"{package} {found}, not {wanted} or newer", do)
-    older_triton.name_tf32()
-    older_triton.check_jax_triton()
-    older_triton.take_gluon()
-
-
-def _descriptor(operand: Array, block: tuple[int, ...]) -> Any:
-    """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
-    return import_module("jax_triton").TensorDescriptor.from_array(operand, block, _layout(len(block)))
-
-
-@cache
-def _layout(rank: int) -> Any:
-    language = import_module("triton.experimental.gluon.language")
-    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -322,9 +230,3 @@ def _processors(capability: tuple[int, int]) -> int:
     wanted = ".".join(map(str, capability))
     alike = (d for d in jax.local_devices(backend="gpu") if str(d.compute_capability) == wanted)
     return int(getattr(next(alike, None), "core_count", _H200.processors))
-
-
-@cache
-def _kernel(name: str) -> Any:
-    file, function = name.split(".")
-    return getattr(import_module(f"moebius.core.kernels.{file}"), function)

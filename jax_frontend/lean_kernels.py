@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def forward(x_SD: Float[Array, "S D"], weights_SK: Array, ids_SK: Array, w: Weights, how: How) -> tuple[Array, Kept]:
-    """(y_SD, what `backward` needs); the pre-activation without its bias."""
+    """(y_SD, what `backward` needs); the pre-activation with its bias where steps are fused."""
     sent = Sent(x_SD, weights_SK, ids_SK)
     _, row_weights_R, group_sizes_e, row_experts_R, state = sort_routes(sent, w.down_eID.shape[0])
     row_of_slot_SK = jnp.where(state.row_of_slot_SK < jnp.sum(group_sizes_e, dtype=jnp.int32), state.row_of_slot_SK, -1)
@@ -58,7 +58,7 @@ def backward(dy_SD: Float[Array, "S D"], kept: Kept, w: Weights, how: How) -> tu
     rows_RD = launch.scatter_rows(x_SD, row_of_slot_SK)
     up_tiles_Q4, down_tiles_Q4, starts_e = _tiles(group_sizes_e, rows_RD, w)
     if hidden_RU is None:
-        hidden_RU = launch.grouped_product(rows_RD, w.up_eDU, up_tiles_Q4, False)
+        hidden_RU = _hidden(rows_RD, w, up_tiles_Q4, how)
     dout_RD = launch.scatter_rows(dy_SD.astype(x_SD.dtype), row_of_slot_SK)
     dup_bias_eU = ddown_bias_eD = None
     if w.down_bias_eD is not None:
@@ -87,10 +87,17 @@ def _tiles(group_sizes_e: Array, rows_RD: Array, w: Weights) -> tuple[Array, Arr
     return listed[up][0], listed[down][0], listed[up][1]
 
 
+def _hidden(rows_RD: Array, w: Weights, tiles_Q4: Array, how: How) -> Array:
+    """The pre-activation once more, as `_up` gives it."""
+    if w.up_bias_eU is not None and launch.fuses(w.down_eID):
+        return launch.activated_product(rows_RD, w.up_eDU, tiles_Q4, None, how.activation, w.up_bias_eU)[0]
+    return launch.grouped_product(rows_RD, w.up_eDU, tiles_Q4, False)
+
+
 def _up(
     rows_RD: Array, w: Weights, tiles_Q4: Array, row_weights_R: Array | None, row_experts_R: Array, how: How
 ) -> tuple[Array, Array]:
-    """(pre-activation without its bias [R, U], its activation [R, I])."""
+    """(pre-activation [R, U], its activation [R, I]); see `forward`."""
     if launch.fuses(w.down_eID):
         return launch.activated_product(rows_RD, w.up_eDU, tiles_Q4, row_weights_R, how.activation, w.up_bias_eU)
     hidden_RU = launch.grouped_product(rows_RD, w.up_eDU, tiles_Q4, False)
@@ -110,8 +117,7 @@ def _down_gradient(
     """(dhidden [R, U], the weighted activation [R, I], dots [R, B]: parts of the row weights' gradients)."""
     activation = how.activation
     if launch.fuses(w.down_eID):
-        given = hidden_RU, row_weights_R, activation, w.up_bias_eU
-        return launch.differentiated_product(dout_RD, w.down_eID, tiles_Q4, *given)
+        return launch.differentiated_product(dout_RD, w.down_eID, tiles_Q4, hidden_RU, row_weights_R, activation)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
     act_RI = launch.activate_rows(hidden_RU, row_weights_R, activation, **bias)
     dact_RI = launch.grouped_product(dout_RD, w.down_eID, tiles_Q4, True)

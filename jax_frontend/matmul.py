@@ -279,10 +279,10 @@ def _load_te() -> Kernels:
 
 
 def _load_triton() -> Kernels:
-    from moebius.jax_frontend import launch
     from moebius.jax_frontend import matmul_triton as backend
+    from moebius.jax_frontend import play
 
-    launch.load()
+    play.load()
     return Kernels(backend.product, backend.weight_gradient, raw=(backend.raw_product, backend.weight_gradient))
 
 

@@ -258,7 +258,7 @@ def activated_product(
     activation: Activation,
     bias_eU: Float[Tensor, "e U"] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(`grouped_product`, its `activate_rows`); see `fuses`."""
+    """(`grouped_product` plus its bias, its `activate_rows`); see `fuses`."""
     (R, D), U = rows_RD.shape, up_eDU.shape[2]
     I = U // activation.up_width(1)
     hidden_RU, act_RI = _empty(rows_RD, R, U), _empty(rows_RD, R, I)
@@ -277,11 +277,12 @@ def differentiated_product(
     hidden_RU: Float[Tensor, "R U"],
     row_weights_R: Float[Tensor, " R"],
     activation: Activation,
-    bias_eU: Float[Tensor, "e U"] | None = None,
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, act, dots): `activate_rows_backward` of the transposed product, and the activation of hidden.
+
+    hidden is that of `activated_product`, with its bias.
 
     dots [R, B] float32 are the parts of the routing weights' gradients; see `sum_dots`.
 
@@ -293,8 +294,8 @@ def differentiated_product(
     act_RI = _empty(dout_RD, R, I)
     dots_RB = torch.empty(R, plan_hopper.dots(I), dtype=torch.float32, device=dout_RD.device)
     processors = _device(dout_RD.device).processors
-    launch = plan_hopper.differentiated_product(processors, D, I, activation, bias_eU is not None)
-    read = dout_RD, down_eID, hidden_RU, *_given(dout_RD, bias_eU), row_weights_R, tiles_Q4
+    launch = plan_hopper.differentiated_product(processors, D, I, activation)
+    read = dout_RD, down_eID, hidden_RU, row_weights_R.contiguous(), tiles_Q4
     run(launch, *read, dhidden_RU, act_RI, dots_RB)
     return dhidden_RU, act_RI, dots_RB
 

@@ -43,7 +43,7 @@ class Weights(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the forward pass keeps for the backward pass; the pre-activation without its bias."""
+    """What the forward pass keeps for the backward pass; the pre-activation with its bias where steps are fused."""
 
     x_SD: Tensor
     hidden_RU: Tensor
@@ -161,8 +161,8 @@ def _up(
     activation: Activation,
     row_experts_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(pre-activation without its bias [R, U], its activation [R, I])."""
-    fused = _fused(matmul, w.up_eDU, w)
+    """(pre-activation, see Kept [R, U], its activation [R, I])."""
+    fused = _fused(matmul, w)
     if len(rows_RD) and fused is not None:
         return fused.up(rows_RD, w.up_eDU, prepared, row_weights_R, activation, w.up_bias_eU)
     hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
@@ -170,10 +170,11 @@ def _up(
     return hidden_RU, activate_rows(hidden_RU, row_weights_R, activation, **bias)
 
 
-def _fused(matmul: Kernels, weight: Tensor, w: Weights) -> Fused | None:
-    """What computes a product with this weight together with the activation; None where two steps have to."""
+def _fused(matmul: Kernels, w: Weights) -> Fused | None:
+    """What computes products together with the activation, in both passes; None where two steps have to."""
     fused = matmul.fused
-    return fused if fused is not None and weight.is_contiguous() and fused.serves(w.down_eID) else None
+    whole = w.up_eDU.is_contiguous() and w.down_eID.is_contiguous()
+    return fused if fused is not None and whole and fused.serves(w.down_eID) else None
 
 
 def _down_gradient(
@@ -189,9 +190,9 @@ def _down_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dhidden [R, U], ddown [e, I, D] or None, dots [R, B]: parts of the row weights' gradients but the bias')."""
     hidden_RU, row_weights_R, ddown_eID = kept.hidden_RU, kept.row_weights_R, None
-    fused = _fused(matmul, w.down_eID, w)
+    fused = _fused(matmul, w)
     if len(dout_RD) and fused is not None:
-        given = hidden_RU, row_weights_R, activation, w.up_bias_eU, in_place
+        given = hidden_RU, row_weights_R, activation, in_place
         dhidden_RU, act_RI, dots_RB = fused.down_gradient(dout_RD, w.down_eID, prepared, *given)
         if needs_down:
             ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)

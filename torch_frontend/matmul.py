@@ -34,8 +34,8 @@ class Fused(NamedTuple):
     Attributes:
         serves: down [e, I, D] -> whether both compute such experts.
         up: (rows [R, D], up [e, D, U], prepared, row weights [R] or None, activation, bias [e, U] or None)
-            -> (hidden [R, U] without its bias, act [R, I]).
-        down_gradient: (dout [R, D], down [e, I, D], prepared, hidden, row weights [R], activation, bias, in_place)
+            -> (hidden [R, U] with its bias, act [R, I]).
+        down_gradient: (dout [R, D], down [e, I, D], prepared, hidden, row weights [R], activation, in_place)
             -> (dhidden, act, dots [R, B] float32, the parts of the row weights' gradients).
     """
 

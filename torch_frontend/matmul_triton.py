@@ -68,13 +68,12 @@ def differentiated_product(
     hidden: Tensor,
     row_weights: Tensor,
     activation: Activation,
-    bias: Tensor | None,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, act, dots); see Fused.down_gradient."""
     tiles_Q4, _ = prepared.listed(dout, down.shape[1])
     operands = _whole(dout), _whole(down), tiles_Q4, _whole(hidden)
-    return launch.differentiated_product(*operands, row_weights, activation, bias, in_place=in_place)
+    return launch.differentiated_product(*operands, row_weights, activation, in_place=in_place)
 
 
 def _whole(operand: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ def run(launch: Launch, *arguments: Any) -> None:
 
 
 def _play(launch: Launch, device: int, arguments: tuple[Any, ...]) -> None:
-    key = (launch.code, device, *map(_kind, arguments))
+    # What Triton compiles other code for: a dtype, an address between 16 bytes, an integer of 64 bits.
+    kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a >= _WIDE for a in arguments]
+    key = (launch.code, device, *kinds)
     found = _compiled.get(key)
     if found is None:
         _first(launch, key, arguments)
@@ -78,13 +80,6 @@ def _first(launch: Launch, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> 
         _compiled[key] = compiled, tuple(launch.constants[name] for name in function.arg_names[len(arguments) :])
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton compiles other code for: a dtype, an address between 16 bytes, an integer of 64 bits."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument >= _WIDE
-
-
 def descriptor(operand: Tensor, block: tuple[int, ...]) -> Any:
     """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
     return _descriptors()(operand, *_place(operand), list(block), _layout(len(block)))
@@ -99,10 +94,9 @@ def _described(operand: Tensor, block: tuple[int, ...]) -> Any:
 
 
 def _place(operand: Tensor) -> tuple[list[int], list[int]]:
+    """Shape and strides of a contiguous operand; torch's own strides say nothing of an axis of one element."""
     shape = list(operand.shape)
-    return shape, [
-        prod(shape[axis + 1 :]) for axis in range(len(shape))
-    ]  # torch's say nothing of an axis of one element
+    return shape, [prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 @cache

@@ -1,8 +1,9 @@
 """Products on Hopper whose finished halves are computed with before they are written; see hopper.py for who does what.
 
 What the two writing warps compute starts from the half as it was rounded for memory: so every output has the bits that
-the product and the kernels of activate.py have one after the other, and the pre-activation's gradient needs no memory
-of its own. Only the sums of the routing weights' gradients are added in another order.
+the product, its bias and the kernels of activate.py have one after the other, and the pre-activation's gradient needs
+no memory of its own. The pre-activation is written with its bias: the backward pass need not add it again. Only the
+sums of the routing weights' gradients are added in another order.
 
 Where gate and up are interleaved, a thread holds whole pairs, and they are split and joined in registers.
 """
@@ -42,7 +43,7 @@ def activated_product(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ) -> None:
-    """hidden = rows @ weight[expert of the row], and act = activation(hidden + bias) * row weight.
+    """hidden = rows @ weight[expert of the row] + bias, and act = activation(hidden) * row weight.
 
     rows are [R, D] by blocks of [64, DEEP], weight is [E, D, U] by [1, DEEP, COLS / 2]. A tile is 128 rows by, where
     GATED, COLS / 2 columns of the gate and the same of up, else COLS columns.
@@ -137,15 +138,14 @@ def _activate_halves(
         mask = there[:, None] & (wide < I - col)[None, :]
         unit = HALF * (COLS // 16) + panel * 4 + part
         hidden = hidden_RU + (first.to(gl.int64) * U + col)
-        gate = read.index(unit).load(layout)
+        gate = biased(read.index(unit).load(layout), bias_eU, expert, col, wide, I, U, BIASED)
         gl.store(hidden + hidden_places, gate, mask=mask)
-        gate = biased(gate, bias_eU, expert, col, wide, I, U, BIASED)
         up = gate
         if GATED:
             up = read.index(unit + PANELS * 4).load(layout)
-            gl.store((hidden + I) + hidden_places, up, mask=mask)
             up = biased(up, bias_eU + I, expert, col, wide, I, U, BIASED)
-        act = activated(gate, up, formula)
+            gl.store((hidden + I) + hidden_places, up, mask=mask)
+        act = activated(gate.to(gl.float32), up.to(gl.float32), formula)
         if told[3]:
             act = act * gl.load(row_weights_R + first + own, mask=there, other=0.0)[:, None]
         places = act_RI + (first.to(gl.int64) * I + col) + (own[:, None] * I + wide[None, :])
@@ -179,9 +179,10 @@ def _activate_pairs(
     for panel in gl.static_range(COLS // 64):
         col = block * COLS + 64 * panel
         hidden = read.index(HALF * (COLS // 16) + panel * 4 + part).load(layout)
+        hidden = biased(hidden, bias_eU, expert, col, wide, U, U, told[2])
         places = hidden_RU + (first.to(gl.int64) * U + col) + (own[:, None] * U + wide[None, :])
         gl.store(places, hidden, mask=(own < end - first)[:, None] & (wide < U - col)[None, :])
-        gate, up = split_pairs(biased(hidden, bias_eU, expert, col, wide, U, U, told[2]), single)
+        gate, up = split_pairs(hidden.to(gl.float32), single)
         act = activated(gate, up, formula)
         if told[3]:
             act = act * gl.load(row_weights_R + first + act_own, mask=act_there, other=0.0)[:, None]
@@ -194,7 +195,6 @@ def differentiated_product(
     dout_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     hidden_desc: tma.tensor_descriptor,
-    bias_eU: gl.tensor,
     row_weights_R: gl.tensor,
     tiles_Q4: gl.tensor,
     dhidden_RU: gl.tensor,
@@ -208,7 +208,6 @@ def differentiated_product(
     ALPHA: gl.constexpr,
     LIMIT: gl.constexpr,
     UP_OFFSET: gl.constexpr,
-    BIASED: gl.constexpr,
     COLS: gl.constexpr,
     DEEP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -233,12 +232,12 @@ def differentiated_product(
     for at in gl.static_range(2):
         mbarrier.init(here.index(at), count=1)
     given = (ring, finished, tiles_Q4)
-    read = (finished, tiles_Q4, hidden_desc, hidden_bufs, here, bias_eU, row_weights_R)
+    read = (finished, tiles_Q4, hidden_desc, hidden_bufs, here, row_weights_R)
     gl.warp_specialize(
         [
             (multiply_blocks, (given, 0, shape)),
             (multiply_blocks, (given, 1, shape)),
-            (_differentiate, (read, (dhidden_RU, act_RI, dots_RB), I, formula, INTERLEAVED, BIASED, UNROLL, shape)),
+            (_differentiate, (read, (dhidden_RU, act_RI, dots_RB), I, formula, INTERLEAVED, UNROLL, shape)),
             (copy_blocks, ((dout_desc, weight_desc, ring, tiles_Q4), shape)),
         ],
         [4, 2, 1],
@@ -253,7 +252,6 @@ def _differentiate(
     I: gl.constexpr,
     formula: gl.constexpr,
     INTERLEAVED: gl.constexpr,
-    BIASED: gl.constexpr,
     UNROLL: gl.constexpr,
     shape: gl.constexpr,
 ) -> None:
@@ -262,7 +260,7 @@ def _differentiate(
     The accelerator fetches the pre-activation of 8 rows while those before are computed: from beyond the caches, and
     behind the copies, it takes as long as two times 8 rows do.
     """
-    finished, tiles_Q4, hidden_desc, hidden_bufs, here, bias_eU, row_weights_R = read
+    finished, tiles_Q4, hidden_desc, hidden_bufs, here, row_weights_R = read
     dhidden_RU, act_RI, dots_RB = written
     bufs, done, free = finished
     COLS: gl.constexpr = shape[2]
@@ -287,7 +285,6 @@ def _differentiate(
     used = 0
     for task in range(gl.program_id(0), n_tiles * BLOCKS, gl.num_programs(0)):
         tile, block = place(task, n_tiles, BLOCKS, GROUP)
-        expert = gl.load(tiles_Q4 + 4 + 4 * tile)
         row = gl.load(tiles_Q4 + 5 + 4 * tile)
         end = gl.load(tiles_Q4 + 6 + 4 * tile)
         parts = gl.minimum((end - row + 7) // 8, 16)
@@ -312,15 +309,12 @@ def _differentiate(
                         dact = finished_units.index(unit).load(layout).to(gl.float32)
                         if INTERLEAVED:
                             both = hidden_units.index(at * PANELS + panel).load(pairs)
-                            both = biased(both, bias_eU, expert, 2 * here_col, pair_wide, U, U, BIASED)
-                            gate, up = split_pairs(both, layout)
+                            gate, up = split_pairs(both.to(gl.float32), layout)
                         else:
-                            gate = hidden_units.index(at * 2 * PANELS + panel).load(layout)
-                            gate = biased(gate, bias_eU, expert, here_col, wide, I, U, BIASED)
+                            gate = hidden_units.index(at * 2 * PANELS + panel).load(layout).to(gl.float32)
                             up = gate
                             if GATED:
-                                up = hidden_units.index(at * 2 * PANELS + PANELS + panel).load(layout)
-                                up = biased(up, bias_eU + I, expert, here_col, wide, I, U, BIASED)
+                                up = hidden_units.index(at * 2 * PANELS + PANELS + panel).load(layout).to(gl.float32)
                         dgate, dup, act = differentiated(dact, gate, up, weights, formula)
                         mask = there[:, None]
                         if I % COLS != 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,17 @@ import numpy as np
 from moebius.core.errors import Unsupported
 from moebius.core.kernels.plan import Launch
 
+# The interpreter keeps where in its grid it is, and Triton's words in its own meaning, for the whole process; JAX's
+# devices call back from threads of their own.
+_ONE_BY_ONE = Lock()
+
 
 def play(
     launch: Launch,
     arguments: Sequence[np.ndarray | int],
     results: Sequence[tuple[tuple[int, ...], str]],
 ) -> list[np.ndarray]:
-    """What the kernel writes.
+    """What the kernel writes; of several threads one has its kernel played after the other.
 
     Args:
         arguments: arrays, and numbers. results: (shape, dtype) of each array that is written.
@@ -32,13 +37,14 @@ def play(
         raise Unsupported(
             f"the kernel {launch.kernel!r}", "Triton's interpreter, which has no Gluon", "run it on Hopper"
         )
-    mend()
     given = [value if isinstance(value, int) else np.ascontiguousarray(value) for value in arguments]
     written = [_unwritten(shape, dtype) for shape, dtype in results]
     file, function = launch.kernel.split(".")
-    kernel = getattr(import_module(f"moebius.core.kernels.{file}"), function)
-    pointers = [value if isinstance(value, int) else _pointer(value) for value in (*given, *written)]
-    kernel[(launch.programs,)](*pointers, **launch.constants, **launch.options())
+    with _ONE_BY_ONE:
+        mend()
+        kernel = getattr(import_module(f"moebius.core.kernels.{file}"), function)
+        pointers = [value if isinstance(value, int) else _pointer(value) for value in (*given, *written)]
+        kernel[(launch.programs,)](*pointers, **launch.constants, **launch.options())
     return written
 
 

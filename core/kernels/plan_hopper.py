@@ -60,18 +60,18 @@ def activated_product(
 ) -> Launch:
     """Rows of `dim` times matrices [e, dim, U], and their activation; see `product`."""
     block = _FEW if few else _BLOCK
-    constants = {"D": dim, **_fused(inter_dim, activation, biased), "WEIGHTED": weighted, **block}
+    constants = {"D": dim, **_fused(inter_dim, activation), "BIASED": biased, "WEIGHTED": weighted, **block}
     return _specialised("fused_hopper.activated_product", processors, constants, _ROWS, _weight_block(block, False))
 
 
 @lru_cache(maxsize=1024)
-def differentiated_product(processors: int, dim: int, inter_dim: int, activation: Activation, biased: bool) -> Launch:
+def differentiated_product(processors: int, dim: int, inter_dim: int, activation: Activation) -> Launch:
     """Rows of `dim` times matrices [e, inter_dim, dim] transposed, and what the activation's derivative makes of it."""
     constants = {
         "D": dim,
-        **_fused(inter_dim, activation, biased),
+        **_fused(inter_dim, activation),
         **_BLOCK,
-        "UNROLL": _unroll(dim, activation, biased),
+        "UNROLL": _unroll(dim, activation),
     }
     blocks = _ROWS, _weight_block(_BLOCK, True), (8, _BLOCK["COLS"])
     return _specialised("fused_hopper.differentiated_product", processors, constants, *blocks)
@@ -82,18 +82,18 @@ def dots(inter_dim: int) -> int:
     return blocks(inter_dim, _BLOCK["COLS"])
 
 
-def _fused(inter_dim: int, activation: Activation, biased: bool) -> dict[str, Any]:
-    left_out = "E", "WEIGHTED"
-    told = formula(inter_dim, activation, 0 if biased else None, False)
+def _fused(inter_dim: int, activation: Activation) -> dict[str, Any]:
+    left_out = "E", "BIASED", "WEIGHTED"
+    told = formula(inter_dim, activation, None, False)
     return {name: value for name, value in told.items() if name not in left_out}
 
 
-def _unroll(dim: int, activation: Activation, biased: bool) -> int:
+def _unroll(dim: int, activation: Activation) -> int:
     """Panels that the derivative computes at once: many where the product is short and waits for it (7 %), as far as
     registers go; else few, which disturb the product less (7 %)."""
     if dim >= 4096:
         return 1
-    return 2 if biased or activation.limit is not None else 4
+    return 2 if activation.limit is not None else 4
 
 
 def _weight_block(block: dict[str, int], transposed: bool) -> tuple[int, ...]:

@@ -31,12 +31,11 @@ def biased(
     U: gl.constexpr,
     BIASED: gl.constexpr,
 ) -> gl.tensor:
-    """A unit in float32; with its expert's bias, of which columns below I are there, it is rounded first."""
-    wider = value.to(gl.float32)
+    """A unit plus its expert's bias, of which columns below I are there, rounded."""
     if BIASED:
         bias = gl.load(bias_eU + (expert.to(gl.int64) * U + col) + wide, mask=wide < I - col, other=0.0)
-        wider = (wider + bias.to(gl.float32)[None, :]).to(value.dtype).to(gl.float32)
-    return wider
+        value = (value.to(gl.float32) + bias.to(gl.float32)[None, :]).to(value.dtype)
+    return value
 
 
 @gluon.jit

@@ -14,8 +14,9 @@ import torch
 from moebius.core.activations import ACTIVATIONS
 from moebius.core.kernels.plan_grouped import Device
 from moebius.jax_frontend import launch as jax_launch
+from moebius.jax_frontend import play as jax_play
 from moebius.torch_frontend import launch as torch_launch
-from moebius.torch_frontend import play
+from moebius.torch_frontend import play as torch_play
 
 S, K, E, D, I = 30, 2, 4, 136, 72
 R, U = S * K, 2 * I
@@ -92,7 +93,7 @@ CALLS = {
         s.rows, s.up_of_one_half, s.tiles, None, RELU2
     ),
     "differentiated_product": lambda s: s.launch.differentiated_product(
-        s.rows, s.down, s.tiles, s.hidden, s.row_weights, OAI, s.up_bias
+        s.rows, s.down, s.tiles, s.hidden, s.row_weights, OAI
     ),
 }
 
@@ -131,10 +132,10 @@ def records(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Record]]:
         return [jnp.zeros(result.shape, result.dtype) for result in out_type]
 
     jax_triton = SimpleNamespace(triton_call=triton_call)
-    monkeypatch.setattr(jax_launch, "import_module", lambda name: jax_triton)
-    for module, kernel, descriptor in ((play, "kernel_of", "descriptor"), (jax_launch, "_kernel", "_descriptor")):
-        monkeypatch.setattr(module, kernel, Recorder)
-        monkeypatch.setattr(module, descriptor, lambda operand, block: (operand, block))
+    monkeypatch.setattr(jax_play, "import_module", lambda name: jax_triton)
+    for play in (torch_play, jax_play):
+        monkeypatch.setattr(play, "kernel_of", Recorder)
+        monkeypatch.setattr(play, "descriptor", lambda operand, block: (operand, block))
     hopper = Device((9, 0), 132)
     monkeypatch.setattr(torch_launch, "_device", lambda device: hopper)
     monkeypatch.setattr(jax_launch, "_where", lambda operand: (str(operand.dtype), hopper))
@@ -167,7 +168,7 @@ def test_descriptor_of_one_row_of_a_wider_tensor_has_the_strides_of_its_shape() 
     pytest.importorskip("triton")
     one = torch.zeros(1, 19, dtype=torch.bfloat16)[:, :8]
     assert one.is_contiguous() and one.stride() == (19, 1)
-    assert play.descriptor(one, (64, 64)).strides == [8, 1]
+    assert torch_play.descriptor(one, (64, 64)).strides == [8, 1]
 
 
 def test_a_launch_under_vmap_runs_one_element_after_the_other(records: dict[str, list[Record]]) -> None:

@@ -55,8 +55,8 @@ class Operands:
         """(hidden, act), then (dhidden, the weighted activation, the routing weights' gradients)."""
         from moebius.torch_frontend import launch
 
-        told = self.weights, self.activation, self.bias
-        hidden, act = launch.activated_product(self.rows, self.up, self.tiles, *told)
+        told = self.weights, self.activation
+        hidden, act = launch.activated_product(self.rows, self.up, self.tiles, *told, self.bias)
         made = launch.differentiated_product(self.dout, self.down, self.tiles, hidden, *told)
         over = launch.differentiated_product(self.dout, self.down, self.tiles, hidden.clone(), *told, in_place=True)
         for new, written_over in zip(self.kept(*made), self.kept(*over), strict=True):
@@ -67,12 +67,21 @@ class Operands:
     def apart(self) -> tuple[Any, ...]:
         from moebius.torch_frontend import launch
 
-        bias = {"bias_eU": self.bias, "row_experts_R": self.experts}
-        hidden = launch.grouped_product(self.rows, self.up, self.tiles, False)
-        act = launch.activate_rows(hidden, self.weights, self.activation, **bias)
+        hidden = self.hidden()
+        act = launch.activate_rows(hidden, self.weights, self.activation)
         dact = launch.grouped_product(self.dout, self.down, self.tiles, True)
-        dhidden, dweights = launch.activate_rows_backward(dact, hidden, self.weights, self.activation, **bias)
+        dhidden, dweights = launch.activate_rows_backward(dact, hidden, self.weights, self.activation)
         return self.kept(hidden, act, dhidden, act, dweights)
+
+    def hidden(self) -> Any:
+        """The pre-activation with its bias, which is added to what was rounded."""
+        from moebius.torch_frontend import launch
+
+        hidden = launch.grouped_product(self.rows, self.up, self.tiles, False)
+        if self.bias is None:
+            return hidden
+        bias = torch.cat([self.bias, torch.zeros_like(self.bias[:1])])[self.experts.long()]
+        return (hidden.float() + bias.float()).to(hidden.dtype)
 
     def kept(self, *values: Any) -> tuple[Any, ...]:
         return tuple(value[: self.end] for value in values)
@@ -123,8 +132,8 @@ def test_fused_products_without_weights_have_the_bits_of_the_steps_apart(name: s
     from moebius.torch_frontend import launch
 
     hidden, act = launch.activated_product(given.rows, given.up, given.tiles, None, given.activation, given.bias)
-    wanted = launch.grouped_product(given.rows, given.up, given.tiles, False)
-    activated = launch.activate_rows(wanted, None, given.activation, bias_eU=given.bias, row_experts_R=given.experts)
+    wanted = given.hidden()
+    activated = launch.activate_rows(wanted, None, given.activation)
     for one, other in zip(given.kept(hidden, act), given.kept(wanted, activated), strict=True):
         assert torch.equal(one, other)
 

@@ -7,7 +7,7 @@ import pytest
 
 from moebius.core.errors import BackendUnavailable
 from moebius.core.kernels import plan_grouped
-from moebius.jax_frontend import launch
+from moebius.jax_frontend import launch, play
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ from moebius.jax_frontend import launch
 def test_load_of_packages_that_are_too_old_is_refused(
     monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], said: str
 ) -> None:
-    monkeypatch.setattr(launch, "version", versions.__getitem__)
+    monkeypatch.setattr(play, "version", versions.__getitem__)
     with pytest.raises(BackendUnavailable, match=said):
-        launch.load()
+        play.load()
 
 
 def test_where_asks_the_device_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moebius.core import MoEConfig, Unsupported
-from moebius.core.kernels import interpreter
 from moebius.jax_frontend import experts, launch, matmul
 
 E, K, D, I, T = 4, 2, 16, 8, 8
@@ -112,20 +110,7 @@ def expected() -> Any:
     return experts(PARAMETERS, *TOKENS, config=CONFIG, backend="loop")
 
 
-def one_by_one(play: Callable[..., Any]) -> Callable[..., Any]:
-    """JAX's devices call back from threads of their own, and Triton's interpreter knows one kernel at a time."""
-    lock = threading.Lock()
-
-    def locked(*args: Any) -> Any:
-        with lock:
-            return play(*args)
-
-    return locked
-
-
 def main() -> None:
-    interpreter.mend()
-    interpreter.play = one_by_one(interpreter.play)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # jax-triton, which the registry asks for, is not needed by the interpreter.
     row = matmul.BACKENDS["triton"]
