@@ -48,4 +48,6 @@ def autocast(device: str) -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """The context in which `device` is the current one, for packages that launch on the current one without asking."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

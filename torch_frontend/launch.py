@@ -21,7 +21,7 @@ from moebius.torch_frontend.play import run
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def serves(*tensors: Tensor | None) -> bool:
@@ -30,10 +30,14 @@ def serves(*tensors: Tensor | None) -> bool:
     They need triton, float32, bfloat16 or float16, and a CUDA device of compute capability 8.0 or more (or
     TRITON_INTERPRET=1, under which Triton runs its kernels on the CPU, slowly: for tests).
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not _has_triton() or any(t.is_floating_point() and t.dtype not in _DTYPES for t in given):
+    if not _has_triton():
         return False
-    return all(_device_serves(tensor.device) for tensor in given)
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if (tensor.is_floating_point() and tensor.dtype not in _DTYPES) or not _device_serves(tensor.device):
+            return False
+    return True
 
 
 def mask_routes(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int, no_route: int) -> Tensor:
@@ -301,7 +305,7 @@ def differentiated_product(
 
 
 def _where(operand: Tensor) -> tuple[str, Device]:
-    return str(operand.dtype).removeprefix("torch."), _device(operand.device)
+    return _DTYPES[operand.dtype], _device(operand.device)
 
 
 @cache
@@ -325,7 +329,7 @@ def _device_serves(device: torch.device) -> bool:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return like.new_empty(shape)
 
 
 def _count(bias: Tensor | None) -> int | None:

@@ -83,8 +83,8 @@ def lean(p: Mapping[str, Tensor], sent: Sent, config: MoEConfig, backend: str | 
 
 def forward(
     x_SD: Float[Tensor, "S D"], weights_SK: Tensor, ids_SK: Tensor, w: Weights, how: How
-) -> tuple[Tensor, Kept]:
-    """(y_SD, what `backward` needs); a large tensor is let go as soon as it was read."""
+) -> tuple[Tensor, Kept, Any]:
+    """(y_SD, what `backward` needs, what the backend made of the group sizes); a large tensor goes once it was read."""
     activation = of_fields(*how.activation)
     order = sort_routes(ids_SK, weights_SK, w.down_eID.shape[0])
     matmul, prepared = _matmul(how, x_SD, w, order.group_sizes_e, order.slot_of_row_R.shape[0])
@@ -104,21 +104,28 @@ def forward(
         dtype=accumulate_dtype(x_SD.dtype) if how.partial else x_SD.dtype,
     )
     slot_of_row_R, row_of_slot_SK, group_sizes_e, _, row_weights_R = order
-    return y_SD, Kept(x_SD, hidden_RU, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R)
+    return y_SD, Kept(x_SD, hidden_RU, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R), prepared
 
 
 def backward(
-    dy_SD: Float[Tensor, "S D"], kept: Kept, w: Weights, how: How, needs: list[bool], in_place: bool
+    dy_SD: Float[Tensor, "S D"],
+    kept: Kept,
+    w: Weights,
+    how: How,
+    needs: list[bool],
+    in_place: bool,
+    prepared: Any = None,
 ) -> list[Tensor | None]:
     """Gradients of (x, weights, up, down, up_bias, down_bias), None where `needs` says no.
 
     Args:
-        in_place: write the pre-activation's gradient over the pre-activation.
+        in_place: write the pre-activation's gradient over the pre-activation. prepared: of `forward`; None to make it
+            again.
     """
     x_SD, hidden_RU, slot_of_row_R, row_of_slot_SK, group_sizes_e, row_weights_R = kept
     needs_x, needs_weights, needs_up, needs_down, needs_up_bias, needs_down_bias = needs
     activation = of_fields(*how.activation)
-    matmul, prepared = _matmul(how, x_SD, w, group_sizes_e, slot_of_row_R.shape[0])
+    matmul, prepared = _matmul(how, x_SD, w, group_sizes_e, slot_of_row_R.shape[0], prepared)
     row_experts_R = _row_experts(kept, w)
     dx_SD = dweights_SK = dup_eDU = dup_bias_eU = ddown_bias_eD = None
 
@@ -147,9 +154,11 @@ def backward(
     return [dx_SD, dweights_SK, dup_eDU, ddown_eID, dup_bias_eU, ddown_bias_eD]
 
 
-def _matmul(how: How, x_SD: Tensor, w: Weights, group_sizes_e: Tensor, n_rows: int) -> tuple[Kernels, Any]:
+def _matmul(
+    how: How, x_SD: Tensor, w: Weights, group_sizes_e: Tensor, n_rows: int, prepared: Any = None
+) -> tuple[Kernels, Any]:
     matmul = kernels(how.backend, x_SD, w.up_eDU.shape, w.down_eID.shape, n_rows)
-    return matmul, matmul.prepare(group_sizes_e)
+    return matmul, matmul.prepare(group_sizes_e) if prepared is None else prepared
 
 
 def _up(
@@ -248,7 +257,7 @@ _N_TENSORS = 7  # x, weights, ids and Weights
 )
 def _experts(x: Tensor, weights: Tensor, ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     with on(x.device):
-        y, kept = forward(x, weights, ids, Weights(*rest[:4]), _how(rest[4:]))
+        y, kept, _ = forward(x, weights, ids, Weights(*rest[:4]), _how(rest[4:]))
     return (y, *kept[1:])
 
 
@@ -295,9 +304,10 @@ class _Eager(Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         x_SD, weights_SK, ids_SK, *rest = given
         with on(x_SD.device):
-            y_SD, kept = forward(x_SD, weights_SK, ids_SK, Weights(*rest[:4]), _how(rest[4:]))
+            y_SD, kept, prepared = forward(x_SD, weights_SK, ids_SK, Weights(*rest[:4]), _how(rest[4:]))
         if ctx is not None:
             _save(ctx, given, (y_SD, *kept[1:]))
+            ctx.prepared = prepared
         return y_SD
 
     @staticmethod
@@ -325,7 +335,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if _alone(dy):
         kept, w = Kept(*tensors[:6]), Weights(*tensors[6:])
         del tensors
-        grads = backward(dy, kept, w, _how(ctx.told), needs, in_place=True)
+        grads = backward(dy, kept, w, _how(ctx.told), needs, in_place=True, prepared=getattr(ctx, "prepared", None))
     else:
         found = call(_experts_backward, dy.contiguous(), *tensors, *ctx.told, needs)
         grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import NamedTuple
 
 from moebius.core.kernels import plan_hopper, plan_portable
@@ -47,11 +48,13 @@ def against(problem: Problem) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def fuses(dtype: str, device: Device, dim: int, inter_dim: int) -> bool:
     """Whether products and activation are one kernel."""
     return plan_hopper.serves(dtype, device.capability, dim, inter_dim)
 
 
+@lru_cache(maxsize=1024)
 def height(n_rows: int, n_experts: int, width_in: int, width_out: int, dtype: str, device: Device) -> int:
     """Rows of a tile of a product, for `list_tiles`."""
     if plan_hopper.serves(dtype, device.capability, width_in, width_out):
@@ -59,6 +62,7 @@ def height(n_rows: int, n_experts: int, width_in: int, width_out: int, dtype: st
     return plan_portable.height(n_rows, n_experts, dtype)
 
 
+@lru_cache(maxsize=1024)
 def product(
     n_rows: int, n_experts: int, width_in: int, width_out: int, transposed: bool, dtype: str, device: Device
 ) -> Launch:
@@ -70,6 +74,7 @@ def product(
     return plan_portable.product(n_rows, n_experts, width_in, width_out, transposed, **how)
 
 
+@lru_cache(maxsize=1024)
 def weight_gradient(n_experts: int, width_in: int, width_out: int, dtype: str, device: Device) -> Launch:
     """One [width_in, width_out] an expert."""
     if plan_hopper.serves(dtype, device.capability, width_in, width_out):

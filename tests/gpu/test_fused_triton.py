@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moebius.core.activations import ACTIVATIONS
-from moebius.core.kernels import plan_hopper
+from moebius.core.kernels import plan_grouped, plan_hopper
 
 torch = pytest.importorskip("torch")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -27,6 +27,7 @@ WIDTHS = [(256, 512), (8, 16), (200, 328), (2880, 264)]  # D and I: whole tiles,
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of both widths, whichever the number of rows would take."""
     monkeypatch.setattr(plan_hopper, "few", lambda *sizes: request.param)
+    plan_grouped.product.cache_clear()
 
 
 class Operands:

@@ -9,7 +9,7 @@ import pytest
 from sides import Side, rounded
 
 from moebius.core import reference
-from moebius.core.kernels import plan_hopper
+from moebius.core.kernels import plan_grouped, plan_hopper
 from moebius.core.precision import EXACT
 from moebius.core.tolerance import bounds, within
 
@@ -35,6 +35,7 @@ WIDTHS = [(256, 512), (8, 16), (200, 328), (2880, 264)]
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of both widths, whichever the number of rows would take."""
     monkeypatch.setattr(plan_hopper, "few", lambda *sizes: request.param)
+    plan_grouped.product.cache_clear()
 
 
 def operands(sizes: list[int], widths: tuple[int, int], dtype: str, padding: int = 0) -> list[np.ndarray]:
