@@ -4,9 +4,11 @@ PY := .venv/bin/python
 JOBS ?= 3
 PYTEST := $(PY) -m pytest -q
 # One thread a worker: workers share the cores, and sums then have one order.
-# A file stays with one worker: what its first test compiles, the next ones reuse.
+# A file stays with one worker: what its first test compiles, the next ones reuse. tests/conftest.py orders the files.
 # JAX compiles thousands of programs of a few numbers each: XLA's own passes as ever, LLVM's optimisations left out.
-SPREAD := OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -n $(JOBS) --dist loadfile
+SPREAD := OMP_NUM_THREADS=1 JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Where it is set, every process compiles tests and packages anew.
+unexport PYTHONDONTWRITEBYTECODE
 title = @printf '\n== %s\n' "$(1)"
 
 .NOTPARALLEL:
@@ -30,7 +32,7 @@ lint: venv ## ruff, mypy, and who may import whom
 	$(call title,lint: ruff format)
 	@.venv/bin/ruff format --check .
 	$(call title,lint: mypy)
-	@$(PY) -m mypy -p moebius
+	@MYPY_NUM_WORKERS=2 $(PY) -m mypy -p moebius
 	$(call title,lint: import-linter)
 	@.venv/bin/lint-imports --no-logo
 

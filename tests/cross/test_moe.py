@@ -110,13 +110,28 @@ class Case:
 
     def chosen_and_ranked_by(self, side: Side, layer) -> tuple[np.ndarray, np.ndarray]:
         """The experts that the side's gate chooses, and the best K by its own logits."""
-        x, seen = self.x.reshape(-1, SIZES["dim"]), []
+        run = _choice if side.framework == "torch" else _compiled_choice()
         with side.context(self.dtype):
-            mask = side.array(~self.padding.reshape(-1))
-            layer.gate.tap = lambda name, value: seen.append(value) or value
-            ids = side.numpy(layer.gate(side.array(x, self.dtype), mask)[1])
-            layer.gate.tap = untapped
-            return ids, top_k(side.numpy(seen[0]), SIZES["n_activated_experts"]).astype(np.int32)
+            x, mask = side.array(self.x.reshape(-1, SIZES["dim"]), self.dtype), side.array(~self.padding.reshape(-1))
+            ids, logits = map(side.numpy, run(layer.gate, x, mask))
+        return ids, top_k(logits, SIZES["n_activated_experts"]).astype(np.int32)
+
+
+def _choice(gate, x, mask):
+    """(ids, logits) of a gate, which is left as it was but for what it records."""
+    seen = []
+    gate.tap = lambda name, value: seen.append(value) or value
+    ids = gate(x, mask)[1]
+    gate.tap = untapped
+    return ids, seen[0]
+
+
+@cache
+def _compiled_choice():
+    """Op by op, JAX would compile dozens of small programs for each layer."""
+    from flax import nnx
+
+    return nnx.jit(_choice)
 
 
 @cache

@@ -68,10 +68,11 @@ def _flax() -> dict[Any, dict[str, np.ndarray]]:
     for name, dispatcher in CASES:
         p = _problem(name)
         given[name, dispatcher] = p.config, (p.parameters, p.x, p.token_mask, p.weights, p.ids, p.dy)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     done = subprocess.run(
         [sys.executable, "-c", FLAX],
         input=pickle.dumps(given),
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True,
         timeout=240,
     )

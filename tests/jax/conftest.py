@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -113,11 +114,16 @@ def equations():
 
 @pytest.fixture(scope="session")
 def run_alone():
-    """run_alone(code, **environment): run Python code in a fresh interpreter; it must succeed."""
+    """run_alone(code, **environment): run Python code in a fresh interpreter; it must succeed.
 
-    def run(code, **environment):
-        import os
+    Flags of XLA are added to those that hold here. Not so with `plain`: loops that compile quickly change the payload
+    of a NaN on its way from device to device.
+    """
 
+    def run(code, plain=False, **environment):
+        flags = environment.get("XLA_FLAGS")
+        if flags and not plain:
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
             env=os.environ | environment,

@@ -170,7 +170,7 @@ def test_a_state_of_one_device_is_restored_over_four_and_computes_the_same(build
     np.savez(tmp_path / "wanted.npz", **wanted)
     first, rest = RESTORE.split("\n\n", 1)
     code = f"{first}\nfolder, config = {str(tmp_path)!r}, {CONFIG!r}\n{rest}"
-    assert run_alone(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("restored\n")
+    assert run_alone(code, plain=True, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("restored\n")
 
 
 RESHARD = """
@@ -237,4 +237,4 @@ def test_experts_over_devices_are_saved_and_restored_over_other_numbers_of_them(
     first, rest = RESHARD.split("\n\n", 1)
     prelude = f"from moebius.core import MoEConfig\nfolder, config = {str(tmp_path)!r}, {CONFIG!r}"
     code = f"{first}\n{prelude}\n{rest}"
-    assert run_alone(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("restored\n")
+    assert run_alone(code, plain=True, XLA_FLAGS="--xla_force_host_platform_device_count=4").endswith("restored\n")

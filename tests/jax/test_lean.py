@@ -40,8 +40,9 @@ def call(p, routes, **settings):
     return lambda own, x, weights: experts(own, x, mask, weights, ids, config=p.config, backend="loop", **settings)
 
 
+@cache
 def run(p, jit=False, **settings):
-    """y and every gradient, by the names of the reference; op by op unless `jit`."""
+    """y and every gradient, by the names of the reference; op by op unless `jit`. Kept for who asks for the same."""
     given, routes, dy = arguments(p)
 
     def both(given, dy):
@@ -70,7 +71,8 @@ def assert_correct(p, found):
 @pytest.mark.parametrize("activation", [*CONFIG_ACTIVATIONS, "swiglu_clamped"])
 def test_lean_equals_the_steps_bit_for_bit_and_in_bias_gradients_agrees_with_reference(wide, activation, dtype):
     clamped = {"swiglu_limit": 0.5} if activation == "swiglu_clamped" else {}
-    for bias in (False, True):
+    # Without biases the steps are those of every dtype, less two.
+    for bias in (False, True) if dtype == "float32" else (True,):
         name = "swiglu" if clamped else activation
         p = cached_problem(tokens=T, dtype=dtype, expert_activation=name, expert_bias=bias, **clamped)
         with wide(dtype):
@@ -93,13 +95,8 @@ def test_lean_gives_the_same_bits_whatever_it_computes_again(wide, remat, dtype)
 def test_lean_compiled_has_the_output_of_the_steps_and_the_gradients_of_the_reference(remat, dtype):
     p = cached_problem(tokens=T, dtype=dtype, expert_activation="swigluoai", expert_bias=True)
     found = run(p, jit=True, remat=remat)
-    assert_same({"y": found["y"]}, {"y": _compiled_steps(p)["y"]})
+    assert_same({"y": found["y"]}, {"y": run(p, jit=True, double_backward=True)["y"]})
     assert_correct(p, found)
-
-
-@cache
-def _compiled_steps(p):
-    return run(p, jit=True, double_backward=True)
 
 
 @pytest.mark.parametrize("remat", REMATS)
@@ -141,11 +138,15 @@ def test_lean_in_a_situation_agrees_with_the_reference_in_every_remat(name, afte
         assert_same(found, wanted, but=found.keys() - {"y"} if after else BIASES)
 
 
+@cache
+def one_masked():
+    return cached_problem(tokens=T, expert_bias=True).but(token_mask=np.arange(T) != 3)
+
+
 @pytest.mark.parametrize("remat", REMATS)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_lean_with_poison_in_a_masked_token_is_unchanged_bit_for_bit(poison, remat):
-    p = cached_problem(tokens=T, expert_bias=True)
-    clean = p.but(token_mask=np.arange(T) != 3)
+    clean = one_masked()
     x, weights, dy = clean.x.copy(), clean.weights.copy(), clean.dy.copy()
     x[3], weights[3], dy[3] = poison, poison, poison
     assert_same(run(clean.but(x=x, weights=weights, dy=dy), remat=remat), run(clean, remat=remat))

@@ -99,6 +99,7 @@ def found(build, tmp_path_factory):
 
 def _started(place, port, devices, places, log):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     environment = os.environ | places | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", CODE, str(place), port]
     with log.open("w") as lines:

@@ -101,7 +101,8 @@ class Side:
         else:
             from flax import nnx
 
-            layer = self.module.MoE(config, backend_config, rngs=nnx.Rngs(0))
+            # Their draws, which are replaced, would compile a generator for each shape.
+            layer = self.module.MoE(config, backend_config, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
         arrays = {name: self.array(value, "float32") for name, value in values.items()}
         state = {name: arrays.pop(name) for name in self.module.state(layer) if name in arrays}
         self.module.load_parameters(layer, arrays)
@@ -290,12 +291,20 @@ def _torch_moe(side: Side, layer: Any, x: Any, padding: Any, dy: Any) -> Arrays:
 
 
 def _jax_moe(side: Side, layer: Any, x: Any, padding: Any, dy: Any) -> Arrays:
-    import jax
     from flax import nnx
 
     graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+    y, (dparameters, dx) = _jitted_moe(graph)(parameters, rest, x, padding, dy)
+    grads = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(dparameters)}
+    return {name: side.numpy(value) for name, value in {"y": y, "dx": dx, **grads}.items()}
 
-    @jax.jit
+
+@cache
+def _jitted_moe(graph: Any) -> Any:
+    """Compiled once for all layers that differ in values alone."""
+    import jax
+    from flax import nnx
+
     def run(parameters: Any, rest: Any, x: Any, padding: Any, dy: Any) -> Any:
         def forward(parameters: Any, x: Any) -> Any:
             return nnx.merge(graph, parameters, rest, copy=True)(x, padding)
@@ -303,6 +312,4 @@ def _jax_moe(side: Side, layer: Any, x: Any, padding: Any, dy: Any) -> Arrays:
         y, pullback = jax.vjp(forward, parameters, x)
         return y, pullback(dy)
 
-    y, (dparameters, dx) = run(parameters, rest, x, padding, dy)
-    grads = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(dparameters)}
-    return {name: side.numpy(value) for name, value in {"y": y, "dx": dx, **grads}.items()}
+    return jax.jit(run)
