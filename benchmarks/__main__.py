@@ -28,6 +28,7 @@ APART = (
     "gpu_flax",
     "paper_dispatch",
     "results",
+    "tune",
 )
 
 
