@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from moebius.core.activations import ACTIVATIONS
 from moebius.core.errors import Unsupported
 from moebius.core.kernels import interpreter, plan_grouped, plan_hopper, plan_portable
 from moebius.core.kernels.plan_grouped import Device
