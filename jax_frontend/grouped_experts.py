@@ -26,7 +26,7 @@ from moebius.jax_frontend.dtypes import as_dtype
 from moebius.jax_frontend.experts import WeightedActivation
 from moebius.jax_frontend.gate import RoutingStatistic
 from moebius.jax_frontend.matmul import choose, device_of
-from moebius.jax_frontend.over_mesh import Count, Run, check_call, in_force, over_devices
+from moebius.jax_frontend.over_mesh import Count, Run, check_call, in_force, over_devices, over_none
 from moebius.jax_frontend.permute import choose_permuter
 from moebius.jax_frontend.sharding import ep_axis, shard_experts
 from moebius.jax_frontend.weights import draw, new_parameter, placed_like
@@ -116,7 +116,7 @@ class _Experts(nnx.Module):
         )
         mesh = self._mesh_around()
         if mesh is None:
-            y_TD = run(parameters, *tokens, tap=self.tap)
+            y_TD = over_none(run, self.ep_mesh, parameters, tokens, self.tap)
         else:
             check_call(run, parameters, *tokens)
             y_TD = self.tap("combine", over_devices(run, mesh, parameters, tokens, check_vma=self._check_vma))

@@ -23,6 +23,7 @@ from moebius.jax_frontend.fake_gate import FakeBalancedGate
 from moebius.jax_frontend.gate import Gate
 from moebius.jax_frontend.grouped_experts import GroupedExperts
 from moebius.jax_frontend.matmul import linear
+from moebius.jax_frontend.over_mesh import over_layer
 from moebius.jax_frontend.route import quiet
 from moebius.jax_frontend.weights import draw, new_parameter
 
@@ -187,12 +188,16 @@ class MoE(nnx.Module):
         x = jnp.asarray(x, self.dtype)  # NumPy's float64 is JAX's only in x64 mode
         if len(x.shape) < 2:
             raise ShapeError(f"x of shape [..., {self.config.dim}]", f"shape {tuple(x.shape)}", "add a token axis")
+        cp_axis = self.cp_axis if cp_axis is None else cp_axis
+        mesh = self.experts.ep_mesh
+        return over_layer(self, mesh, lambda layer, *given: layer._forward(*given, cp_axis), x, padding_mask)
+
+    def _forward(self, x: Array, padding_mask: Array | None, cp_axis: Any) -> Array:
         x_TD = x.reshape(-1, x.shape[-1])
         checks.tokens(x_TD, self.config.dim)
         token_mask_T = self._token_mask(x, padding_mask)
         if padding_mask is not None:
             x_TD = quiet(x_TD, token_mask_T)
-        cp_axis = self.cp_axis if cp_axis is None else cp_axis
         weights_TK, ids_TK, _ = self.gate(x_TD, token_mask_T, cp_axis, max(1, math.prod(x.shape[:-2])))
         weights_TK, ids_TK = self.tap("weights", weights_TK), self.tap("ids", ids_TK)
         latent_TD = x_TD if self.fc1_latent_proj is None else self.tap("latent", self.fc1_latent_proj(x_TD))
