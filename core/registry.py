@@ -32,6 +32,7 @@ class Problem:
         up_width: U of a whole layer of experts, both of whose products are asked for: [e, D, U] and [e, I, D]; None for
             one product alone, and for what is no product.
         rows: R, of all experts held here together; None for many, as in training.
+        split: a compiler may split it over devices, as XLA does outside of shard_map.
     """
 
     device: str
@@ -43,6 +44,7 @@ class Problem:
     ranks: int = 1
     up_width: int | None = None
     rows: int | None = None
+    split: bool = False
 
     def __str__(self) -> str:
         return f"{self.dtype} on {self.device}, D={self.dim}, I={self.inter_dim}, {self.n_experts} experts"
@@ -86,6 +88,7 @@ class Backend:
         supports: None where the backend serves the problem, else the reason in words.
         only_when_named: never chosen by default.
         when_measured: chosen by default only where it was measured; see Registry.
+        unsplit: runs on one device alone, so that nobody gets it by default where a problem may be split.
         reads_host: fetches device values to the host in each call.
         note: one line for the table of `explain`.
         says: what the loaded backend says of how it computes here, in words, for `moebius doctor`; None for nothing.
@@ -100,6 +103,7 @@ class Backend:
     supports: Callable[[Problem], str | None] = _serves_all
     only_when_named: bool = False
     when_measured: bool = False
+    unsplit: bool = False
     reads_host: bool = False
     note: str = ""
     says: Callable[[], str] | None = None
@@ -126,15 +130,16 @@ def of_layer(backend: str | None, config: MoEConfig) -> str:
     So it can be chosen where the rows are known; see `layer_of`.
     """
     c = config
-    return backend or f"{_LAYER}{c.expert_dim},{c.moe_inter_dim},{c.activation.up_width(c.moe_inter_dim)}"
+    sizes = c.n_routed_experts, c.expert_dim, c.moe_inter_dim, c.activation.up_width(c.moe_inter_dim)
+    return backend or _LAYER + ",".join(map(str, sizes))
 
 
-def layer_of(backend: str | None) -> tuple[int, int, int] | None:
-    """(D, I, U) of a layer where `of_layer` made the name, else None."""
+def layer_of(backend: str | None) -> tuple[int, int, int, int] | None:
+    """(E, D, I, U) of a layer where `of_layer` made the name, else None."""
     if backend is None or not backend.startswith(_LAYER):
         return None
-    dim, inter_dim, width = map(int, backend.removeprefix(_LAYER).split(","))
-    return dim, inter_dim, width
+    n_experts, dim, inter_dim, width = map(int, backend.removeprefix(_LAYER).split(","))
+    return n_experts, dim, inter_dim, width
 
 
 @dataclass
@@ -233,7 +238,8 @@ class Registry:
         Args:
             installed: leave out what is not; False for a machine on which every package is.
         """
-        able = [row for row in self._rows.values() if not row.only_when_named and row.against(problem) is None]
+        default = [row for row in self._rows.values() if not (row.only_when_named or (row.unsplit and problem.split))]
+        able = [row for row in default if row.against(problem) is None]
         if not installed:
             return able
         return [row for row in able if row.missing() is None and row.name not in self._broken]
@@ -257,6 +263,8 @@ class Registry:
         for name, backend in self._rows.items():
             missing, broken = (backend.missing(), self._broken.get(name)) if installed else (None, None)
             state = "available" if name in ranked else "available when named"
+            if problem.split and backend.unsplit:
+                state += ", or where nothing is split over devices"
             reason = missing or backend.against(problem) or broken
             rows.append((name, reason or ("chosen" if name in ranked[:1] else state)))
         return rows

@@ -116,6 +116,19 @@ def _ragged_all_to_all(axis: str | None = None, combine_dtype: str | None = None
     return RaggedAllToAll(axis, combine_dtype) if axis else Local()
 
 
+def _te_supports(problem: Problem) -> str | None:
+    from moebius.jax_frontend.dispatch_te import supports
+
+    return supports(problem)
+
+
+def _load_te() -> Any:
+    from moebius.jax_frontend.dispatch_te import TE, load
+
+    load()
+    return lambda axis=None, combine_dtype=None: TE(axis, combine_dtype) if axis else Local()
+
+
 # An implementation is called with the mesh axis over which the experts are spread, None for one rank, with
 # BackendConfig.combine_dtype and, of "alltoall", with its bound and what of tokens beyond it.
 DISPATCHERS = Registry("moebius.jax_frontend", "dispatch")
@@ -134,5 +147,15 @@ DISPATCHERS.add(
     only_when_named=True,
     note="as alltoall in blocks of any size, on GPUs and TPUs; any number of ranks",
 )
+DISPATCHERS.add(
+    name="te",
+    load=_load_te,
+    needs=("transformer_engine",),
+    install="build transformer-engine[jax] 2.20 or later with NCCL EP, and NCCL 2.30.4 or later",
+    supports=_te_supports,
+    only_when_named=True,
+    note="Transformer Engine's EP, made once for a process by dispatch_te.bootstrap: layers of one size; "
+    "never run with the library",
+)
 DISPATCHERS.add_unbuilt("deepep", "deepep_elastic", "hybridep", "uccl_ep", why="it is PyTorch's alone")
-DISPATCHERS.add_unbuilt("te", "mok")
+DISPATCHERS.add_unbuilt("mok")

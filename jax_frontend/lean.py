@@ -9,7 +9,7 @@ What is kept has a name for the policies of jax.checkpoint: "moe_hidden", the pr
 its activation; "moe_y", the output. `jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(
 "moe_hidden"))` so keeps what `lean` keeps, and runs the up projection once; with "moe_y" too the down projection is run
 once also where f uses the output in a way that its gradient needs. The backend "triton" makes both values in one
-kernel: there "moe_hidden" is without its bias, and spares the up projection only beside "moe_act" or "moe_y", or where
+kernel: there "moe_hidden" spares the up projection only beside "moe_act" or "moe_y", or where
 f's gradient does not need the output.
 
 Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradient without the output rows.
@@ -31,6 +31,7 @@ from jax.interpreters import ad, batching, mlir
 from moebius.core.activations import Activation
 from moebius.core.config import MoEConfig
 from moebius.core.errors import Unsupported
+from moebius.core.registry import of_layer
 from moebius.jax_frontend.activate import activated
 from moebius.jax_frontend.bias import add_bias
 from moebius.jax_frontend.dispatch import Sent
@@ -56,7 +57,7 @@ class Weights(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the forward pass keeps for the backward pass; the pre-activation with its bias ("triton": without).
+    """What the forward pass keeps for the backward pass; the pre-activation with its bias, but in "triton" unfused.
 
     Attributes:
         hidden_RU: None with remat "full". act_RI: None but with remat "none".
@@ -97,7 +98,8 @@ def lean(
         Unsupported: in forward mode, or when its gradient is differentiated.
     """
     weights = Weights(p["gate_and_up_projs"], p["down_projs"], p.get("gate_up_proj_bias"), p.get("down_proj_bias"))
-    chosen = choose(backend, sent.x_SD, weights.up_eDU.shape, weights.down_eID.shape, sent.ids_SK.size).name
+    shapes = weights.up_eDU.shape, weights.down_eID.shape
+    chosen = choose(of_layer(backend, config), sent.x_SD, *shapes, sent.ids_SK.size).name
     how = How(
         activation=config.activation,
         after=config.apply_router_weight_after_down,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from math import prod
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -113,12 +114,16 @@ def choose(
     """
     layer = layer_of(backend)
     if layer is not None:
-        backend, n_rows, shape = None, rows.shape[0], (weight_shape[0], *layer)
+        (n_experts, *widths), held = layer, weight_shape[0]
+        n_rows = rows.shape[0] if n_rows is None else n_rows
+        # Of the routes of all tokens that came, those of the experts held here.
+        backend, n_rows, shape = None, n_rows * held // max(n_experts, 1), (held, *widths)
     elif down_shape is not None:
         shape = (*weight_shape[:2], down_shape[1], weight_shape[2])
     else:
         shape = tuple(weight_shape)
-    found = _choose(backend, *device_of(rows), str(rows.dtype), shape, measured.bucket(n_rows))
+    told = str(rows.dtype), shape, measured.bucket(n_rows), may_be_split(rows)
+    found = _choose(backend, *device_of(rows), *told)
     return replace(found, name=_in_context(found.name)) if found.name == "te" else found
 
 
@@ -130,6 +135,7 @@ def _choose(
     dtype: str,
     shape: tuple[int, ...],
     n_rows: int | None,
+    split: bool,
 ) -> Backend:
     """`shape`: [e, D, F], or [e, D, I, U] of experts."""
     problem = Problem(
@@ -141,8 +147,23 @@ def _choose(
         capability=capability,
         up_width=shape[3] if len(shape) == 4 else None,
         rows=n_rows,
+        split=split,
     )
     return BACKENDS.choose(backend, problem)
+
+
+def may_be_split(rows: Any) -> bool:
+    """Whether XLA may split what is computed from `rows` over devices.
+
+    Not what lies on one device, nor inside of a shard_map over all axes of its mesh; while tracing elsewhere, nothing
+    tells how many devices the program will span, so wherever there are several.
+    """
+    if isinstance(rows, Array) and not isinstance(rows, jax.core.Tracer):
+        return len(rows.devices()) > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes) > 1
+    return jax.device_count() > 1
 
 
 def device_of(rows: Any) -> tuple[str, tuple[int, int] | None]:
@@ -355,6 +376,7 @@ BACKENDS.add(
     "triton 3.6, with --no-deps)",
     supports=plan_grouped.against,
     when_measured=True,
+    unsplit=True,
     note="moebius' own kernels for every step, with the bits of the PyTorch frontend's; fast where those are; over "
     "several devices in a shard_map alone",
 )

@@ -70,7 +70,7 @@ def permute(sent: Sent, n_experts: int, *, backend: str | None = None) -> Permut
 def choose_permuter(backend: str | None, x: Array, n_experts: int) -> Backend:
     """The registry row that serves tokens like `x` [S, D]; see Registry.choose."""
     device, capability = device_of(x)
-    size = {"dim": x.shape[1], "inter_dim": x.shape[1], "n_experts": n_experts}
+    size: dict[str, Any] = {"dim": x.shape[1], "inter_dim": x.shape[1], "n_experts": n_experts}
     return PERMUTERS.choose(backend, Problem(device=device, dtype=str(x.dtype), capability=capability, **size))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def choose_router(backend: str | None, logits: Array, config: MoEConfig, biased:
         ConfigError, BackendUnavailable, Unsupported: it was named and cannot serve; says why.
     """
     device, capability = device_of(logits)
-    size = {"dim": config.dim, "inter_dim": config.moe_inter_dim, "n_experts": config.n_routed_experts}
+    size: dict[str, Any] = {"dim": config.dim, "inter_dim": config.moe_inter_dim, "n_experts": config.n_routed_experts}
     problem = Problem(device=device, dtype=str(logits.dtype), capability=capability, **size)
     chosen = ROUTERS.choose(backend, problem)
     refusal = _router(chosen.name).refusal(config, biased, forced)

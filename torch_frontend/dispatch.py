@@ -180,6 +180,7 @@ _FILES = {
     "uccl_ep": "dispatch_deepep",
     "deepep_elastic": "dispatch_elastic",
     "hybridep": "dispatch_hybridep",
+    "te": "dispatch_te",
 }
 
 
@@ -195,8 +196,7 @@ def _add_library(**row: Any) -> None:
         supports=partial(against, name),
         says=partial(_says, name),
         only_when_named=True,
-        reads_host=True,
-        **row,
+        **{"reads_host": True, **row},
     )
 
 
@@ -243,8 +243,12 @@ _add_library(
     install="build DeepEP's branch hybrid-ep",
     note="DeepEP's HybridEPBuffer; every rank is padded to the longest",
 )
-DISPATCHERS.add_unbuilt(
-    "te",
-    why="this version does not have it yet: Transformer Engine's EP is made once for a process, for one size of layers",
+_add_library(
+    name="te",
+    needs=("transformer_engine",),
+    install="build transformer-engine[pytorch] 2.20 or later with NCCL EP, and NCCL 2.30.4 or later",
+    reads_host=False,
+    note="Transformer Engine's EP, made once for a process: layers of one size, with dispatcher_max_tokens; "
+    "never run with the library",
 )
 DISPATCHERS.add_unbuilt("mok")

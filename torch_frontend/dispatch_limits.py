@@ -1,7 +1,7 @@
 """What the libraries behind the dispatchers take, as data: refused here, in words, and not by a trap on the device.
 
 After a trap a CUDA context is lost, and with it the process. Source of the numbers: the host and device assertions of
-DeepEP v1.2.1, of its ElasticBuffer 2.1 and of its branch hybrid-ep.
+DeepEP v1.2.1, of its ElasticBuffer 2.1 and of its branch hybrid-ep, and of NCCL EP, by which Transformer Engine sends.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Limits(NamedTuple):
     Attributes:
         ranks: the numbers of ranks, or a range of them. multiple, most: of the hidden size. k: of top_k. held: experts
             on one rank. experts: in all. together: what the number of experts of all ranks is a multiple of.
-        capability: the least of a GPU. overlaps: can send while something else is computed.
+        power: the number of experts on one rank is a power of two. capability: the least of a GPU.
+        overlaps: can send while something else is computed.
+        once: made once for a process, for all its layers, and for a number of tokens.
     """
 
     ranks: range | tuple[int, ...]
@@ -53,8 +55,10 @@ class Limits(NamedTuple):
     held: int | None = None
     experts: int | None = None
     together: int = 1
+    power: bool = False
     capability: tuple[int, int] = (9, 0)
     overlaps: bool = True
+    once: bool = False
 
 
 _V1 = Limits(ranks=(2, 4, 8), multiple=16, most=8176, k=32, held=128, capability=(8, 0))
@@ -63,6 +67,7 @@ LIMITS = {
     "uccl_ep": _V1,
     "deepep_elastic": Limits(ranks=range(2, 1025), multiple=256, k=32, held=256, experts=2048),
     "hybridep": Limits(ranks=range(2, 1025), multiple=16, together=4, overlaps=False),
+    "te": Limits(ranks=range(2, 1025), multiple=8, k=32, together=4, power=True, overlaps=False, once=True),
 }
 
 
@@ -73,7 +78,9 @@ def against(name: str, problem: Problem, k: int = 1) -> str | None:
     words = next(_words(LIMITS[name], problem, k), None)
     if words is None:
         return None
-    others = [repr(other) for other, limits in LIMITS.items() if not any(_words(limits, problem, k))]
+    # Not what is made once for a process: whether it can depends on the other layers.
+    able = [other for other, limits in LIMITS.items() if not limits.once and not any(_words(limits, problem, k))]
+    others = map(repr, able)
     return f"{words}; {', '.join([*others, repr('alltoall')])} can"
 
 
@@ -101,6 +108,25 @@ def require(name: str, problem: Problem, options: Options, combine_dtype: str | 
     if options.asynchronous and not LIMITS[name].overlaps:
         found = f"{name!r} has no asynchronous calls"
         raise Unsupported(f"{asked}, dispatcher_async_dispatch=True", found, "leave it out, or name 'deepep'")
+    if LIMITS[name].once:
+        _require_once(name, asked, options)
+
+
+def _require_once(name: str, asked: str, options: Options) -> None:
+    """Refuse what does not fit a library that is made once for a process.
+
+    Raises:
+        Unsupported: no number of tokens, a buffer for each layer, or more routes than experts.
+    """
+    if options.max_tokens is None:
+        found = f"{name!r} is made once, for a number of tokens"
+        do = "give the most that a rank has in any call, alike on every rank"
+        raise Unsupported(f"{asked}, dispatcher_max_tokens=None", found, do)
+    if not options.share:
+        found = f"{name!r} has one buffer for a process"
+        raise Unsupported(f"{asked}, dispatcher_share_token_dispatcher=False", found, "leave it out")
+    if options.k > options.n_experts:
+        raise Unsupported(asked, f"it takes K up to the number of experts, {options.n_experts}", "name 'alltoall'")
 
 
 def require_counts(name: str | None, max_tokens: int | None) -> None:
@@ -136,5 +162,7 @@ def _words(limits: Limits, problem: Problem, k: int) -> Iterator[str]:
         yield f"it takes up to {limits.held} experts on a rank, not {held}"
     if limits.experts is not None and held * ranks > limits.experts:
         yield f"it takes up to {limits.experts} experts, not {held * ranks}"
+    if limits.power and held & (held - 1):
+        yield f"it takes a power of two of experts on a rank, not {held}"
     if held * ranks % limits.together:
         yield f"it takes numbers of experts that are multiples of {limits.together}, not {held * ranks}"

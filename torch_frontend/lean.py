@@ -21,6 +21,7 @@ from torch.autograd import Function
 from moebius.core.activations import Activation
 from moebius.core.config import MoEConfig
 from moebius.core.errors import Unsupported
+from moebius.core.registry import of_layer
 from moebius.torch_frontend.activate import Fields, activate_rows, activate_rows_backward, fields, of_fields
 from moebius.torch_frontend.bias import dot_rows, sum_rows
 from moebius.torch_frontend.dispatch import Sent
@@ -59,6 +60,7 @@ class How(NamedTuple):
     activation: Fields
     after: bool
     partial: bool
+    whole: bool
     backend: str
 
 
@@ -70,7 +72,10 @@ def lean(p: Mapping[str, Tensor], sent: Sent, config: MoEConfig, backend: str | 
         partial: other ranks hold the rest of the sum: leave it in promote_types(dtype, float32).
     """
     weights = Weights(p["gate_and_up_projs"], p["down_projs"], p.get("gate_up_proj_bias"), p.get("down_proj_bias"))
-    told = (*fields(config.activation), config.apply_router_weight_after_down, partial, in_context(backend))
+    # Said once for both passes: what a hook of saved tensors hands back may lie otherwise.
+    whole = weights.up_eDU.is_contiguous() and weights.down_eID.is_contiguous()
+    placed = config.apply_router_weight_after_down
+    told = (*fields(config.activation), placed, partial, whole, in_context(of_layer(backend, config)))
     given = (sent.x_SD, sent.weights_SK, sent.ids_SK, *weights, *told)
     if not _eager(*given):
         y_SD: Tensor = call(_experts, *given)[0]
@@ -90,7 +95,8 @@ def forward(
     matmul, prepared = _matmul(how, x_SD, w, order.group_sizes_e, order.slot_of_row_R.shape[0])
     rows_RD = scatter_rows(x_SD, order.slot_of_row_R, order.row_of_slot_SK)
     before_R = None if how.after else order.row_weights_R
-    hidden_RU, act_RI = _up(matmul, rows_RD, w, prepared, before_R, activation, order.row_experts_R)
+    fused = _fused(matmul, how, w)
+    hidden_RU, act_RI = _up(matmul, fused, rows_RD, w, prepared, before_R, activation, order.row_experts_R)
     del rows_RD
     out_RD = _product(matmul, act_RI, w.down_eID, prepared)
     del act_RI
@@ -133,7 +139,7 @@ def backward(
     if needs_down_bias:
         ddown_bias_eD = sum_rows(dout_RD, group_sizes_e, row_weights_R)
     dhidden_RU, ddown_eID, dots_RB = _down_gradient(
-        *(matmul, dout_RD, w, prepared, kept, activation, row_experts_R, needs_down, in_place)
+        *(matmul, _fused(matmul, how, w), dout_RD, w, prepared, kept, activation, row_experts_R, needs_down, in_place)
     )
     if needs_weights:
         dweights_SK = sum_dots(dots_RB, row_of_slot_SK)
@@ -163,6 +169,7 @@ def _matmul(
 
 def _up(
     matmul: Kernels,
+    fused: Fused | None,
     rows_RD: Tensor,
     w: Weights,
     prepared: Any,
@@ -171,23 +178,22 @@ def _up(
     row_experts_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(pre-activation, see Kept [R, U], its activation [R, I])."""
-    fused = _fused(matmul, w)
     if len(rows_RD) and fused is not None:
-        return fused.up(rows_RD, w.up_eDU, prepared, row_weights_R, activation, w.up_bias_eU)
+        return fused.up(rows_RD, w.up_eDU.contiguous(), prepared, row_weights_R, activation, w.up_bias_eU)
     hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
     return hidden_RU, activate_rows(hidden_RU, row_weights_R, activation, **bias)
 
 
-def _fused(matmul: Kernels, w: Weights) -> Fused | None:
+def _fused(matmul: Kernels, how: How, w: Weights) -> Fused | None:
     """What computes products together with the activation, in both passes; None where two steps have to."""
     fused = matmul.fused
-    whole = w.up_eDU.is_contiguous() and w.down_eID.is_contiguous()
-    return fused if fused is not None and whole and fused.serves(w.down_eID) else None
+    return fused if fused is not None and how.whole and fused.serves(w.down_eID) else None
 
 
 def _down_gradient(
     matmul: Kernels,
+    fused: Fused | None,
     dout_RD: Tensor,
     w: Weights,
     prepared: Any,
@@ -199,10 +205,9 @@ def _down_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dhidden [R, U], ddown [e, I, D] or None, dots [R, B]: parts of the row weights' gradients but the bias')."""
     hidden_RU, row_weights_R, ddown_eID = kept.hidden_RU, kept.row_weights_R, None
-    fused = _fused(matmul, w)
     if len(dout_RD) and fused is not None:
         given = hidden_RU, row_weights_R, activation, in_place
-        dhidden_RU, act_RI, dots_RB = fused.down_gradient(dout_RD, w.down_eID, prepared, *given)
+        dhidden_RU, act_RI, dots_RB = fused.down_gradient(dout_RD, w.down_eID.contiguous(), prepared, *given)
         if needs_down:
             ddown_eID = _weight_gradient(matmul, act_RI, dout_RD, prepared, w.down_eID)
         return dhidden_RU, ddown_eID, dots_RB
@@ -243,7 +248,7 @@ def _row_experts(kept: Kept, w: Weights) -> Tensor | None:
 _WEIGHTS = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 _HOW = (
     "str curve, bool gated, bool interleaved, float alpha, float? limit, float up_offset, "
-    "bool after, bool partial, str backend"
+    "bool after, bool partial, bool whole, str backend"
 )
 _KEPT = "Tensor x, Tensor hidden, Tensor slot_of_row, Tensor row_of_slot, Tensor group_sizes, Tensor row_weights"
 _N_TENSORS = 7  # x, weights, ids and Weights
@@ -307,7 +312,7 @@ class _Eager(Function):
             y_SD, kept, prepared = forward(x_SD, weights_SK, ids_SK, Weights(*rest[:4]), _how(rest[4:]))
         if ctx is not None:
             _save(ctx, given, (y_SD, *kept[1:]))
-            ctx.prepared = prepared
+            ctx.prepared = kept.group_sizes_e, prepared
         return y_SD
 
     @staticmethod
@@ -335,12 +340,20 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if _alone(dy):
         kept, w = Kept(*tensors[:6]), Weights(*tensors[6:])
         del tensors
-        grads = backward(dy, kept, w, _how(ctx.told), needs, in_place=True, prepared=getattr(ctx, "prepared", None))
+        prepared = _prepared(ctx, kept.group_sizes_e)
+        grads = backward(dy, kept, w, _how(ctx.told), needs, in_place=True, prepared=prepared)
     else:
         found = call(_experts_backward, dy.contiguous(), *tensors, *ctx.told, needs)
         grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     dx, dweights, *dparameters = grads
     return (dx, dweights, None, *dparameters, *(None for _ in ctx.told))
+
+
+def _prepared(ctx: Any, group_sizes_e: Tensor) -> Any:
+    """What the forward pass made of these very group sizes, this once; None for others, as after a checkpoint."""
+    of, prepared = getattr(ctx, "prepared", (None, None))
+    ctx.prepared = None, None
+    return prepared if of is group_sizes_e else None
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
@@ -366,8 +379,8 @@ def _alone(dy: Tensor) -> bool:
 
 
 def _how(told: Any) -> How:
-    *activation, after, partial, backend = told
-    return How(tuple(activation), after, partial, backend)
+    *activation, after, partial, whole, backend = told
+    return How(tuple(activation), after, partial, whole, backend)
 
 
 differentiate(_experts, _backward, _save)

@@ -127,7 +127,10 @@ def choose(
     """
     layer = layer_of(backend)
     if layer is not None:
-        backend, n_rows, shape = None, rows.shape[0], (weight_shape[0], *layer)
+        (n_experts, *widths), held = layer, weight_shape[0]
+        n_rows = rows.shape[0] if n_rows is None else n_rows
+        # Of the routes of all tokens that came, those of the experts held here.
+        backend, n_rows, shape = None, n_rows * held // max(n_experts, 1), (held, *widths)
     elif down_shape is not None:
         shape = (*weight_shape[:2], down_shape[1], weight_shape[2])
     else:

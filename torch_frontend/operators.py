@@ -74,12 +74,14 @@ def unwatched(*args: Any) -> bool:
     """Whether these are ordinary tensors in an eager call that nothing but autograd follows, so that an operator may be
     passed by: its way through torch.library takes as long on the host as several kernels of a small layer do.
 
-    Not while torch.compile traces, under torch.func, forward-mode differentiation or a mode that sees operators (fake
-    tensors, selective checkpointing), nor for tensors of a subclass.
+    Not while torch.compile or torch.jit traces, under torch.func, forward-mode differentiation or a mode that sees
+    operators (fake tensors, selective checkpointing), nor for tensors of a subclass.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
+        return False
+    if torch._C._get_tracing_state() is not None:
         return False
     return all(type(value) in (Tensor, Parameter) for value in args if isinstance(value, Tensor))
 

@@ -114,7 +114,8 @@ def _explain(*sizes: str) -> dict[str, Any]:
 
     kind, capability = device_of(jax.numpy.zeros(()))
     here = capability if kind == "cuda" else None
-    return explain("jax", _registries()[:2], candidates, here, tuple(map(int, sizes)))
+    split = jax.device_count() > 1
+    return explain("jax", _registries()[:2], candidates, here, tuple(map(int, sizes)), split)
 
 
 def _registries() -> tuple[Any, ...]:

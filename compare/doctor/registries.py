@@ -81,13 +81,15 @@ def explain(
     candidates: Callable[[Problem, int], Sequence[Choice]],
     capability: tuple[int, int] | None,
     sizes: Sequence[int],
+    split: bool = False,
 ) -> dict[str, Any]:
     """What None means for a layer in bfloat16 on this machine's kind of device, and why.
 
     Args:
         frontend: "torch" or "jax". registries: of it, the grouped matmul's and the dispatchers'.
         candidates: its rule for dispatchers. capability: of its GPU; None for the CPU.
-        sizes: E, K, D, I, T, and the ranks that share experts and tokens.
+        sizes: E, K, D, I, T, and the ranks that share experts and tokens. split: without ranks it may be split over
+            several devices that are here.
     Returns:
         "device" in words; "grouped_matmul" and "dispatch", each (name, state) of every backend; "figures": lines, of
         the measured points that decided. A state is "chosen" or "available", with the reason, "available when named" or
@@ -103,6 +105,7 @@ def explain(
         n_experts=n_experts // ranks,
         capability=capability,
         ranks=ranks,
+        split=split and ranks == 1,
     )
     matmul, dispatch = registries
     rows = measured.bucket(tokens * k // ranks)

@@ -233,6 +233,14 @@ def test_ranked_and_explain_where_every_package_is_installed_know_what_is_not():
     assert registry.explain(GPU, installed=False)[-1] == ("absent", "chosen")
 
 
+def test_what_runs_on_one_device_is_no_default_where_a_problem_may_be_split():
+    registry, _ = of_measured("own", own={"when_measured": True, "unsplit": True})
+    split = replace(GPU, split=True)
+    assert registry.choose(None, GPU).name == "own" and registry.choose(None, split).name == "declared"
+    assert registry.choose("own", split).name == "own"
+    assert dict(registry.explain(split))["own"].startswith("available when named")
+
+
 def test_choose_for_a_layer_asks_for_both_products():
     layer = replace(GPU, up_width=6)
     assert layer.products == (replace(GPU, inter_dim=6), replace(GPU, dim=4, inter_dim=8))
@@ -251,4 +259,4 @@ def test_choose_for_a_layer_asks_for_both_products():
 def test_of_layer_keeps_a_name_and_for_none_the_widths(activation, width):
     config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=4, expert_activation=activation)
     assert of_layer("loop", config) == "loop" and layer_of("loop") is None and layer_of(None) is None
-    assert layer_of(of_layer(None, config)) == (16, 4, width)
+    assert layer_of(of_layer(None, config)) == (4, 16, 4, width)

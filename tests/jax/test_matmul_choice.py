@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -102,3 +103,31 @@ def test_backend_name_is_the_choice_for_many_tokens_on_the_device_in_force(hoppe
     hopper.device = ("cpu", None)
     assert module.backend_name == "loop"
     assert GroupedExperts(CONFIG, BackendConfig(experts="ragged_dot"), rngs=nnx.Rngs(0)).backend_name == "ragged_dot"
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_default_that_xla_cannot_split_is_taken_on_one_device_and_inside_of_shard_map(hopper, monkeypatch, kind):
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    chosen = []
+
+    def call(x):
+        chosen.append(choose(None, x, UP, DOWN, 4096).name)
+        return x
+
+    spec, x = jax.sharding.PartitionSpec(), rows(n=8)
+    traced = lambda function: jax.eval_shape(lambda x: function(x), x)  # noqa: E731
+    traced(call)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced(call)
+        traced(jax.shard_map(call, in_specs=spec, out_specs=spec))
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    call(x)  # which lies on one
+    traced(call)
+    assert chosen == ["triton", "tokamax", "triton", "triton", "tokamax"]
+    assert choose("triton", jax.ShapeDtypeStruct((8, 16), jnp.bfloat16), UP, DOWN, 4096).name == "triton"
+
+
+def test_default_of_some_experts_goes_by_the_routes_that_they_get(hopper):
+    told = of_layer(None, replace(CONFIG, n_routed_experts=512))  # 128 ranks: all slots of all tokens come
+    assert choose(of_layer(None, CONFIG), rows(), UP, DOWN, 512).name == "triton"
+    assert choose(told, rows(), UP, DOWN, 512).name == "tokamax"

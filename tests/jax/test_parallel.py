@@ -287,7 +287,7 @@ facts["errors"] = {
                           mesh=MESHES["one axis"], **ZEROS)),
     "overflow": said(bounded(2, None), *tokens),
     **{name: said(partial(made, GroupedExpertsDeepEP, config, "one axis", name)) for name in
-       ("deepep", "uccl_ep", "hybridep", "local", "te")},
+       ("deepep", "uccl_ep", "hybridep", "local", "mok")},
 }
 pickle.dump((found, facts), open(os.environ["FOUND"], "wb"))
 """
@@ -500,7 +500,7 @@ REFUSALS = {
     "uccl_ep": ("Unsupported", "it is PyTorch's alone", "name another of"),
     "hybridep": ("Unsupported", "it is PyTorch's alone", "name another of"),
     "local": ("Unsupported", "the experts lie on 4 ranks", "name another of"),
-    "te": ("Unsupported", "this version does not have it yet", "name another of"),
+    "mok": ("Unsupported", "this version does not have it yet", "name another of"),
 }
 
 

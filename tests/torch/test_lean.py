@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from moebius.core import BackendConfig, MoEConfig, Unsupported
 from moebius.core.activations import CONFIG_ACTIVATIONS
 from moebius.core.tolerance import within
-from moebius.torch_frontend import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, experts
+from moebius.torch_frontend import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, experts, matmul
+from moebius.torch_frontend.activate import activate_rows, activate_rows_backward
 from moebius.torch_frontend.lean import _experts, _experts_backward
 
 E, K, D, I, T = 4, 2, 16, 8, 23
@@ -249,6 +250,75 @@ def test_backward_with_saved_tensors_on_hooks_gives_the_same_gradients() -> None
     assert_same({"y": y.detach(), **gradients(layer, given)}, wanted)
 
 
+def biased_rows(group_sizes: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    ids = torch.searchsorted(group_sizes.cumsum(0), torch.arange(len(rows)), right=True).clamp(max=E - 1)
+    return rows + bias[ids]
+
+
+def fused_on_the_cpu(kernels: matmul.Kernels) -> matmul.Kernels:
+    """`kernels` with steps fused as those for Hopper are: the pre-activation is kept with its bias."""
+
+    def up(rows: torch.Tensor, weight: torch.Tensor, sizes: Any, row_weights: Any, activation: Any, bias: Any) -> Any:
+        hidden = kernels.product(rows, weight, kernels.prepare(sizes))
+        hidden = hidden if bias is None else biased_rows(sizes, hidden, bias)
+        return hidden, activate_rows(hidden, row_weights, activation)
+
+    def down(dout: torch.Tensor, weight: torch.Tensor, sizes: Any, hidden: Any, row_weights: Any, *rest: Any) -> Any:
+        act = activate_rows(hidden, row_weights, rest[0])
+        dact = kernels.product(dout, weight.mT, kernels.prepare(sizes))
+        dhidden, dots = activate_rows_backward(dact, hidden, row_weights, rest[0])
+        return dhidden, act, dots[:, None]
+
+    def of(function: Any) -> Any:
+        return lambda first, second, sizes: function(first, second, kernels.prepare(sizes))
+
+    fused = matmul.Fused(lambda down: True, up, down)
+    return matmul.Kernels(lambda sizes: sizes, of(kernels.product), of(kernels.weight_gradient), fused)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_weights_that_hooks_hand_back_in_another_layout_give_the_same_gradients(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As save_on_cpu(pin_memory=True) does: whether the kept pre-activation has its bias was said before."""
+    loop = matmul.BACKENDS.implementation(matmul.BACKENDS["loop"])
+    loaded = {**matmul.BACKENDS._loaded, "loop": fused_on_the_cpu(loop)}
+    monkeypatch.setattr(matmul.BACKENDS, "_loaded", loaded)
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        if value.dim() < 3:
+            return value
+        other = value.mT.contiguous().mT if value.is_contiguous() else value.contiguous()
+        assert other.is_contiguous() != value.is_contiguous()
+        return other
+
+    def passes(hooks: Any) -> Tensors:
+        layer, given = module(config(), "loop"), inputs()
+        p = {name: value.detach() for name, value in layer.named_parameters()}
+        if transposed:
+            p["gate_and_up_projs"] = p["gate_and_up_projs"].mT.contiguous().mT
+        p = {name: value.requires_grad_() for name, value in p.items()}
+        with hooks:
+            y = experts(p, **given, config=config(), backend="loop")
+        y.backward(upstream(y))
+        found = {name: value.grad for name, value in p.items()}
+        return {"y": y.detach(), **found, "x": given["x"].grad, "weights": given["weights"].grad}
+
+    found = passes(torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value))
+    wanted = run(module(config(), "loop", double=True), inputs())
+    for other in (found, passes(nullcontext())):
+        for name, value in wanted.items():
+            torch.testing.assert_close(other[name], value, msg=name)
+
+
+def test_what_was_made_of_the_group_sizes_goes_with_the_backward_pass() -> None:
+    y = module(config())(**inputs())
+    node = y.grad_fn
+    assert node.prepared[1] is not None
+    y.backward(upstream(y))
+    assert node.prepared == (None, None)
+
+
 def test_backward_leaves_what_the_caller_gave_as_it_was() -> None:
     layer, given = module(config()), inputs()
     before = {name: value.detach().clone() for name, value in {**given, **layer.state_dict()}.items()}
@@ -364,7 +434,7 @@ def test_passes_of_fake_tensors_give_shapes_and_dtypes(inside: bool) -> None:
 @cache
 def _operands() -> tuple[Any, ...]:
     layer, given = module(config()), inputs()
-    told = ("silu", True, False, 1.0, None, 0.0, False, False, "grouped_mm")
+    told = ("silu", True, False, 1.0, None, 0.0, False, False, True, "grouped_mm")
     ids = torch.where(given["indices"] < 0, E, given["indices"]).int()
     return given["x"], given["weights"], ids, *layer.parameters(), *told
 

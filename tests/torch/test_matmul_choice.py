@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +137,9 @@ def test_backend_name_is_the_choice_for_many_tokens_where_the_parameters_are(hop
     hopper.kind, hopper.capability = "cpu", None  # as after .to("cpu")
     assert module.backend_name == "grouped_mm"
     assert GroupedExperts(CONFIG, BackendConfig(experts="loop")).backend_name == "loop"
+
+
+def test_default_of_some_experts_goes_by_the_routes_that_they_get(hopper) -> None:
+    told = of_layer(None, replace(CONFIG, n_routed_experts=512))  # 128 ranks: all slots of all tokens come
+    assert choose(of_layer(None, CONFIG), rows(), UP, DOWN, 512).name == "triton"
+    assert choose(told, rows(), UP, DOWN, 512).name == "grouped_mm"

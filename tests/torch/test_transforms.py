@@ -374,3 +374,20 @@ def _facts(n: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["GroupedExperts", "GroupedExpertsDeepEP", "GroupedExpertsTE"])
 def test_deepcopy_of_sharded_experts_computes_the_same_over_the_same_ranks(kind: str, n: int) -> None:
     assert [facts[kind] for facts in _facts(n)] == [(True, True, True)] * n
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("backend", [LOOP, BackendConfig(experts="grouped_mm")])
+def test_layer_traced_by_torch_jit_computes_other_routes_than_those_it_was_traced_with(backend: BackendConfig) -> None:
+    config = MoEConfig(n_routed_experts=E, n_activated_experts=K, dim=D, moe_inter_dim=6)
+    layer = GroupedExperts(config, backend)
+    generator = torch.Generator().manual_seed(0)
+
+    def given() -> tuple[torch.Tensor, ...]:
+        ids = torch.rand(T, E, generator=generator).topk(K).indices
+        x, weights = torch.randn(T, D, generator=generator), torch.rand(T, K, generator=generator)
+        return x.to(torch.bfloat16), torch.ones(T, dtype=torch.bool), weights, ids
+
+    with torch.no_grad():
+        traced, other = torch.jit.trace(layer, given(), check_trace=False), given()
+        torch.testing.assert_close(traced(*other), layer(*other), rtol=0, atol=0)
