@@ -8,11 +8,10 @@ import sys
 from contextlib import nullcontext
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from sides import rounded
+from sides import jax_array, rounded
 
 from moebius.core.precision import EXACT
 from moebius.core.tolerance import bounds, within
@@ -60,7 +59,7 @@ def draws():
 @pytest.fixture(scope="session")
 def cast():
     """cast(dtype, *values): JAX arrays of that dtype."""
-    return lambda dtype, *values: [jnp.asarray(value, dtype) for value in values]
+    return lambda dtype, *values: [jax_array(value, dtype) for value in values]
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +73,8 @@ def build():
         module = kind(config, *args, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0), **settings)
         rng = np.random.default_rng(0)
         values = parameters(module)
-        values |= {name: rng.normal(size=v.shape) * scale for name, v in values.items() if "correction" not in name}
+        drawn = {name: value for name, value in values.items() if "correction" not in name}
+        values |= {name: np.asarray(rng.normal(size=v.shape) * scale, v.dtype) for name, v in drawn.items()}
         load_parameters(module, values)
         return module
 

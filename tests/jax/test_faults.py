@@ -160,9 +160,10 @@ def _run(code: str, *args: str) -> list[End]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
         "MOEBIUS_HEARTBEAT": str(BEAT),
         "MOEBIUS_PREFLIGHT": "60",
         "LATE": str(PREFLIGHT),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sides import cached_problem, expected
+from sides import cached_problem, expected, jax_array
 
 from moebius.core import ConfigError, Unsupported
 from moebius.core.activations import CONFIG_ACTIVATIONS
@@ -28,10 +28,13 @@ NAMES = jax.checkpoint_policies.save_only_these_names
 
 def arguments(p):
     """(parameters, x, weights), (token_mask, ids), dy of a problem, as JAX arrays."""
-    own = {name: jnp.asarray(value, p.dtype) for name, value in p.parameters.items()}
-    weights = jnp.asarray(p.weights, "float64" if p.dtype == "float64" else "float32")
-    routes = jnp.asarray(p.token_mask), jnp.asarray(p.ids, jnp.int32)
-    return (own, jnp.asarray(p.x, p.dtype), weights), routes, jnp.asarray(p.dy, p.dtype)
+    own = {name: jax_array(value, p.dtype) for name, value in p.parameters.items()}
+    weights = jax_array(p.weights, "float64" if p.dtype == "float64" else "float32")
+    return (
+        (own, jax_array(p.x, p.dtype), weights),
+        (jax_array(p.token_mask), jax_array(p.ids)),
+        jax_array(p.dy, p.dtype),
+    )
 
 
 def call(p, routes, **settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import interpreted
@@ -34,7 +35,7 @@ def found() -> dict[str, str | None]:
     if jax.default_backend() != "cpu":
         pytest.skip("the interpreter computes on the CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4")
         return interpreted.outcomes(str(Path(interpreted.__file__).with_name("sharded_cases.py")))
 
 

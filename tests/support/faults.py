@@ -6,6 +6,7 @@ a TCPStore that rank 0 hosts, as init_process_group sets it up.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import socket
@@ -107,6 +108,7 @@ def _rank(rank: int, work: bytes) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # as in ranks
     torch.set_num_threads(1)
     file, name, args, timeout, folder, ranks, port, env = pickle.loads(work)
     os.dup2(os.open(os.path.join(folder, f"stderr{rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)

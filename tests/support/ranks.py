@@ -7,6 +7,7 @@ than its timeout: ranks that wait in a collective for one that is gone are ended
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -21,10 +22,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# A server that has imported torch once forks each rank, well before any thread of torch's or JAX's exists in it.
+# A server that has imported torch once forks each rank, well before any thread of torch's or JAX's exists in it. Its
+# list holds what ranks came to import: torch._dynamo, a second of each of them, at the first checkpoint or DTensor.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "moebius.torch_frontend.dispatch_allgather"]
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "moebius.torch_frontend.dispatch_allgather",
+        "moebius.torch_frontend.grouped_experts",
+        "moebius.torch_frontend.moe",
+    ]
 )
 
 
@@ -101,6 +111,7 @@ def _rank(rank: int, pipe: Connection, work: bytes) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what was imported stays shared with the server: a collection would write to all of it
     torch.set_num_threads(1)
     file, name, args, timeout, folder, ranks, transport = pickle.loads(work)
     with open(os.path.join(folder, f"stack{rank:03}"), "w") as stack:

@@ -66,7 +66,7 @@ class Side:
         """`value` as this framework's array."""
         if self.framework == "torch":
             return _torch_array(np.asarray(value), dtype).to(self.device)
-        return _jax_array(np.asarray(value), dtype)
+        return jax_array(value, dtype)
 
     def numpy(self, value: Any) -> np.ndarray:
         """This framework's array as float64, or as it is for integers and bool."""
@@ -237,12 +237,14 @@ def _torch_array(value: np.ndarray, dtype: str | None) -> Any:
     return tensor if dtype is None else tensor.to(getattr(torch, dtype))
 
 
-def _jax_array(value: np.ndarray, dtype: str | None) -> Any:
-    import jax.numpy as jnp
+def jax_array(value: Any, dtype: str | None = None) -> Any:
+    """`value` as JAX's array, cast by NumPy: JAX would compile a program for each shape."""
+    import jax
 
+    value = np.asarray(value)
     if dtype is None and value.dtype == np.int64:
         dtype = "int32"
-    return jnp.asarray(value, dtype)
+    return jax.device_put(value.astype(dtype or value.dtype))
 
 
 def _torch_experts(side: Side, p: Problem) -> Arrays:
