@@ -2,7 +2,7 @@
 
 Tiles follow from rules: as high as an expert's rows on average ask for, as wide as wastes few columns, as deep as the
 memory that a program has on the device. The rules are by what the compiler makes of them (registers, shared memory, no
-spills) and by counting bytes; no time was measured for them yet.
+spills) and by counting bytes; what was measured is said where it decides. benchmarks/RESULTS.md: times against `loop`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ class Family:
             row for each of 8 experts with 1536 columns are 192 tiles of 64.
         sums: of a thread before there are 8 warps instead of 4; with more the registers spill.
         depths: of a block, in the order of preference; the last serves whatever the shared memory.
+        stages: at most.
     """
 
     widest: dict[int, int]
     sums: int
     depths: tuple[int, ...]
+    stages: int = 4
 
 
 # Tensor cores, and copies of 16 bytes that go on while they multiply.
@@ -46,6 +48,9 @@ _WHOLE = Family(widest={16: 64, 32: 128, 64: 128, 128: 256}, sums=64, depths=(64
 _RAGGED = Family(widest={16: 64, 32: 64, 64: 64, 128: 64}, sums=32, depths=(32,))
 # float32 in full: no tensor cores, and registers for the operands too.
 _SERIAL = Family(widest={16: 64, 32: 128, 64: 128}, sums=32, depths=(32,))
+# float32 by three products of TF32's parts on tensor cores.
+_PARTED = 9  # the compute capability, before the point, on which that was measured
+_PARTS = Family(widest={64: 128}, sums=64, depths=(32,), stages=3)
 
 
 def height(n_rows: int, n_experts: int, dtype: str) -> int:
@@ -86,7 +91,7 @@ def product(
     height: int,
     dtype: str,
     capability: Capability,
-    precision: str = "ieee",
+    precision: str | None = None,
 ) -> Launch:
     """n_rows rows of width_in times matrices [e, width_in, width_out], or [e, width_out, width_in] where `transposed`.
 
@@ -94,9 +99,15 @@ def product(
         height: of the tiles in the table that the kernel is given.
         dtype: float32, bfloat16 or float16.
         capability: CUDA's compute capability of the device, 8.0 or more.
-        precision: that of `tl.dot` for float32: "ieee", "tf32x3" or "tf32".
+        precision: that of `tl.dot` for float32: "ieee", "tf32x3" or "tf32"; None for one of the first two, in which
+            float32 has all its digits. Without tensor cores a transposed matrix is read from shared memory against its
+            order: on an H200, 64 rows high, 12 TFLOP/s, where three products of TF32's parts give 67, with a quarter of
+            the error. As the matrix lies, it is 40 for 45, and is left in full. Before Hopper registers would spill.
     """
-    family = _family(dtype, width_in, width_out)
+    if precision is None:
+        parts = dtype == "float32" and transposed and height in _PARTS.widest and capability[0] == _PARTED
+        precision = "tf32x3" if parts else "ieee"
+    family = _PARTS if precision == "tf32x3" and height in _PARTS.widest else _family(dtype, width_in, width_out)
     constants, num_warps = _block(family, height, width_out, _BYTES[dtype], capability)
     shape = {"D": width_in, "F": width_out, "TRANSPOSED": transposed, "PRECISION": precision}
     return Launch(
@@ -140,7 +151,7 @@ def _block(family: Family, rows: int, width: int, itemsize: int, capability: Cap
     line = (rows + columns) * itemsize
     depth = next((size for size in family.depths if 3 * size * line <= free), family.depths[-1])
     # With fewer than 3 stages little is copied ahead; the compiler keeps one block less than stages but for warpgroups.
-    stages = max(3, min(4, free // (depth * line)))
+    stages = max(3, min(family.stages, free // (depth * line)))
     return {"ROWS": rows, "COLS": columns, "DEEP": depth, "STAGES": stages, "GROUP": _GROUP}, num_warps
 
 
