@@ -46,7 +46,7 @@ def _rows() -> dict[str, Row]:
     """Of both tables; Flax's under names of its own, PyTorch's once."""
     found = {}
     for key, row in gpu_experts.ROWS.items():
-        title = row.title.replace("moebius", "PyTorch") if row.kind == "ours" else row.title
+        title = row.title.replace("moebius", "PyTorch") if row.kind in ("ours", "reference") else row.title
         found[key] = replace(row, title=title, default=key not in LEFT_OUT)
     for key, row in gpu_flax.ROWS.items():
         if row.kind != "torch":

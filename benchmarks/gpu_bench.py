@@ -6,12 +6,13 @@ import argparse
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from benchmarks.gpu_machine import machine
 from benchmarks.gpu_meter import Meter, clear
 from benchmarks.gpu_problem import Candidate, Problem, Routing, Shape
 from benchmarks.gpu_tables import PASSES, Figures
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,10 +215,10 @@ class Bench:
         return [forward, lambda: call().backward(problem.dy)]
 
     def _rounds(self, lanes: Sequence[Lane], problem: Problem, routing: Routing, rounds: int) -> None:
-        """Time all lanes in turn, back and forth; then the medians."""
+        """Time all lanes in turn; then the medians."""
         samples: dict[tuple[str, str], list[list[float]]] = {}
         for turn in range(rounds):
-            for lane in list(lanes)[:: -1 if turn % 2 else 1]:
+            for lane in in_turn(lanes, turn):
                 if not lane.out:
                     self._try(lane, "timed", partial(self._time, lane, problem, routing, samples))
         for lane in lanes:
@@ -269,6 +272,13 @@ class Bench:
             self.meter.release()
         except Exception as error:
             raise DeviceLost(f"the device fails after {lane.row.title}: {error}") from error
+
+
+def in_turn(lanes: Iterable[T], turn: int) -> list[T]:
+    """An order of its own for every two turns, there and back: nobody always has the same neighbours, or is first."""
+    order = list(lanes)
+    Random(turn // 2).shuffle(order)
+    return order[:: -1 if turn % 2 else 1]
 
 
 def _floors(shape: Shape, ceilings: Ceilings) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ ROWS = {
     "grouped_mm": row("moebius grouped_mm", "ours", "ours", skew=True, experts="grouped_mm"),
     "te": row("moebius te", "ours", "ours", skew=True, experts="te"),
     "gmm": row("moebius gmm", "ours", "ours", experts="gmm"),
-    "default": row("moebius, its own choice", "ours", "ours", default=False),
+    "default": row("moebius, its own choice", "reference", "ours", default=False),
     "double_backward": row(
         "moebius grouped_mm, double_backward", "reference", "ours", experts="grouped_mm", double_backward=True
     ),

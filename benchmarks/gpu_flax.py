@@ -3,8 +3,9 @@
 Four models' shapes, bfloat16, softmax routing of random logits, no bias, SwiGLU; every row reads the same memory. The
 forward pass is y under jit (PyTorch: without a graph); both passes are y and the gradients of x, routing weights and
 all experts for a given dy, as one compiled program. Each time is that of a group of calls which follow each other
-without waiting, over their number. Rounds are short and many, every second one backwards: the clock of a GPU at its
-power limit follows what ran just before, and so each candidate gets every neighbour. Limits as in gpu_experts.
+without waiting, over their number. Rounds are short and many, in pairs of an order of their own, there and back: the
+clock of a GPU at its power limit follows what ran just before, so that nobody should always have the same neighbour.
+Limits as in gpu_experts.
 """
 
 from __future__ import annotations

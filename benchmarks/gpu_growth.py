@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 1 where a shape or the device was lost on the way."""
     options = _options(arguments)
     meter = (Dry if options.dry else Cuda)(options.warmup, options.rep)
-    rows, sizes = gpu_command.rows(ROWS, options), shapes(options.dry)
+    every = shapes(options.dry)
+    rows = gpu_command.rows(ROWS, options)
+    sizes = {key: shape for key, shape in every.items() if key in (options.points or every)}
     return gpu_command.run(WallBench(meter, rows, sizes, options, say=gpu_command.say), options, tables)
 
 
@@ -69,6 +71,7 @@ def tables(figures: Figures) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = gpu_command.parser("gpu_growth", __doc__, ROWS)
+    parser.add_argument("--points", nargs="*", choices=list(shapes(False)), help="which; all by default")
     gpu_command.walled(parser, rep=40, warmup=10, rounds=4, budget=240)
     return gpu_command.parse(parser, arguments)
 

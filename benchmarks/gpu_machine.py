@@ -16,7 +16,9 @@ def machine() -> dict[str, str]:
     """Device, Python, PyTorch, and the peers that are installed."""
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
-        found = {"GPU": torch.cuda.get_device_name(), **found, "CUDA": str(torch.version.cuda)}
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        gpu = {"GPU": torch.cuda.get_device_name(), "compute capability": capability}
+        found = {**gpu, **found, "CUDA": str(torch.version.cuda)}
     return found | versions(PACKAGES)
 
 

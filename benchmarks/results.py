@@ -8,7 +8,7 @@ other shapes, is one set of tables. Without files it only writes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from benchmarks.gpu_tables import Figures
 HERE = Path(__file__).parent
 # In the order of the document: suite -> title.
 TITLES = {
-    "gpu_all": "Both frontends and every peer",
+    "gpu_all": "Both frontends and their peers",
     "gpu_few": "Few tokens",
     "gpu_gptoss": "GPT-OSS' own layer",
     "gpu_growth": "Growth",
@@ -70,7 +70,18 @@ def _run(figures: Figures) -> str:
     options = figures["options"]
     rounds = f", {options['rounds']} rounds of {options['rep']:g} ms"
     seconds = f" {figures['seconds']:.0f} s in all." if "seconds" in figures else ""
-    return f"`{options['command']}`\n\n{machine}{rounds}. Ceilings, before and after: {ceilings}.{seconds}"
+    said = f"`{options['command']}`\n\n{machine}{rounds}. Ceilings, before and after: {ceilings}.{seconds}"
+    return " ".join([said, *_left_out(figures)])
+
+
+def _left_out(figures: Figures) -> Iterator[str]:
+    """Which rows were not asked for, and which shapes the run's time did not suffice for."""
+    rows = import_module(f"benchmarks.{figures['options']['suite']}").ROWS
+    absent = [row.title for name, row in rows.items() if name not in figures["rows"]]
+    if absent:
+        yield f"Rows not asked for: {'; '.join(absent)}."
+    if figures["not_reached"]:
+        yield f"Shapes not reached in the run's time: {', '.join(figures['not_reached'])}."
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def suites(folder: Path | None = None) -> dict[str, list[Figures]]:
     """
     found: dict[str, list[Figures]] = {}
     for path in sorted((folder or FOLDER).glob("*.json")):
-        figures = json.loads(path.read_text())
+        figures = reached(json.loads(path.read_text()))
         suite = figures["options"]["suite"]
         seen = {shape for run in found.get(suite, []) for shape in run["shapes"]}
         both = sorted(seen & set(figures["shapes"]))
@@ -58,6 +58,20 @@ def suites(folder: Path | None = None) -> dict[str, list[Figures]]:
             raise ValueError(f"{path} holds {', '.join(both)} of {suite}, as another file does: remove one of them")
         found.setdefault(suite, []).append(figures)
     return found
+
+
+def reached(figures: Figures) -> Figures:
+    """Without the shapes in which no row was timed in every round; "not_reached": their names."""
+    whole = [r for r in figures["results"] if "reason" not in r]
+    timed = {r["shape"] for r in whole if any(isinstance(value, dict) and "ms" in value for value in r.values())}
+    names = [key for key in figures["shapes"] if key not in timed]
+    kept = {key: [r for r in figures[key] if r["shape"] in timed] for key in ("results", "skew")}
+    return {
+        **figures,
+        **kept,
+        "shapes": {k: s for k, s in figures["shapes"].items() if k in timed},
+        "not_reached": names,
+    }
 
 
 def joined(runs: Sequence[Figures]) -> Figures:

@@ -10,32 +10,45 @@ from pathlib import Path
 from typing import Any
 
 from moebius.core.config import EXPERT_BACKENDS
+from moebius.core.errors import ConfigError
 
 _PASSES = ("forward", "both")
 _REPLAYED = ("forward_graph", "both_graph")  # from CUDA graphs
+_CAPABILITY = "compute capability"
 _SIZES = {"E": "n_experts", "K": "k", "D": "dim", "I": "inter", "T": "tokens"}
 
 
-def runs(figures: Mapping[str, Any], *, capability: str, date: str, command: str) -> str:
-    """One run for each frontend, with the rows that are a backend and nothing else, where two passes were timed.
+def runs(figures: Mapping[str, Any], *, date: str, command: str, capability: str | None = None) -> str:
+    """One run for each frontend and dtype, of rows that are a backend and nothing else, where both passes were timed.
 
     Args:
-        figures: what benchmarks/gpu_experts.py or gpu_flax.py wrote. capability: of the device, such as "9.0".
-        date: ISO. command: that measured.
+        figures: what benchmarks/gpu_all.py or another of them wrote. date: ISO. command: that measured.
+        capability: of the device, such as "9.0", where the figures do not say it.
+    Raises:
+        ConfigError: neither says it.
     """
     machine = {name: str(value) for name, value in figures["machine"].items()}
+    found = machine.pop(_CAPABILITY, None) or capability
+    if found is None:
+        do = "give --capability, such as 9.0"
+        raise ConfigError("runs of measured.toml", f"figures that do not say the device's {_CAPABILITY}", do)
     head = {
         "device": machine.pop("GPU", "no GPU"),
-        "capability": capability,
-        "dtype": "bfloat16",
+        "capability": found,
         "versions": ", ".join(f"{name} {value}" for name, value in machine.items()),
         "command": command,
     }
-    return "".join(_run(frontend, date, head, figures) for frontend in ("torch", "jax"))
+    dtypes = dict.fromkeys(_dtype(shape) for shape in figures["shapes"].values())
+    each = [(frontend, dtype) for dtype in dtypes for frontend in ("torch", "jax")]
+    return "".join(_run(frontend, date, head | {"dtype": dtype}, figures) for frontend, dtype in each)
+
+
+def _dtype(shape: Mapping[str, Any]) -> str:
+    return str(shape.get("dtype", "bfloat16"))
 
 
 def _run(frontend: str, date: str, head: Mapping[str, str], figures: Mapping[str, Any]) -> str:
-    points = list(_points(frontend, figures))
+    points = list(_points(frontend, head["dtype"], figures))
     if not points:
         return ""
     # A string of TOML is one of JSON, of characters that both write alike.
@@ -44,8 +57,9 @@ def _run(frontend: str, date: str, head: Mapping[str, str], figures: Mapping[str
     return "\n".join(lines) + "\n"
 
 
-def _points(frontend: str, figures: Mapping[str, Any]) -> Iterator[str]:
-    for key, shape in figures["shapes"].items():
+def _points(frontend: str, dtype: str, figures: Mapping[str, Any]) -> Iterator[str]:
+    of_dtype = {key: shape for key, shape in figures["shapes"].items() if _dtype(shape) == dtype}
+    for key, shape in of_dtype.items():
         found = {
             name: _figures(result)
             for result in figures["results"]
@@ -75,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the runs of the files."""
     parser = argparse.ArgumentParser(prog="python -m moebius.core.measured_json", description=__doc__)
     parser.add_argument("file", nargs="+", type=Path, help="that a GPU benchmark's --json wrote")
-    parser.add_argument("--capability", default="9.0", help="compute capability of the device (%(default)s)")
+    parser.add_argument("--capability", help="compute capability of the device, for figures that do not say it")
     parser.add_argument("--date", help="of the run, ISO; by default that of the file")
     parser.add_argument("--command", default="benchmarks/run_gpu", help="that measured (%(default)s)")
     options = parser.parse_args(arguments)

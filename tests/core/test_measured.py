@@ -10,6 +10,7 @@ import pytest
 
 from moebius.core import measured, measured_json
 from moebius.core.config import EXPERT_BACKENDS
+from moebius.core.errors import ConfigError
 from moebius.core.registry import Problem
 
 NAMES = ("vendor", "plain", "own")  # as declared
@@ -228,9 +229,20 @@ def test_runs_without_both_passes_are_none() -> None:
     assert written({"a": "moebius triton"}, [result("a", forward=1)]) == []
 
 
+def test_runs_are_of_the_capability_and_the_dtype_that_the_figures_say() -> None:
+    told = figures({"a": "moebius triton"}, [result("a", forward=1, both=2), result("a", "t", forward=3, both=4)])
+    told["machine"]["compute capability"] = "8.0"
+    told["shapes"]["t"] = SHAPE | {"dtype": "float32"}
+    found = list(measured.parse(measured_json.runs(told, capability="9.0", date="2026-01-02", command="c")))
+    assert [(each.run.dtype, each.tflops["triton"]) for each in found] == [("bfloat16", (1, 2)), ("float32", (3, 4))]
+    assert all(each.run.capability == (8, 0) and "capability" not in each.run.versions for each in found)
+
+
 def test_main_prints_what_the_file_takes(tmp_path, capsys) -> None:
     file = tmp_path / "figures.json"
     file.write_text(json.dumps(figures({"a": "Flax triton"}, [result("a", forward=1, both=2)])))
-    measured_json.main([str(file), "--date", "2026-01-02"])
+    with pytest.raises(ConfigError, match="figures that do not say the device's compute capability"):
+        measured_json.main([str(file)])
+    measured_json.main([str(file), "--date", "2026-01-02", "--capability", "9.0"])
     (*_, last) = measured.parse(measured.FILE.read_text() + capsys.readouterr().out)
     assert last.run.frontend == "jax" and last.tflops == {"triton": (1, 2)} and last.run.capability == (9, 0)

@@ -14,6 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[2]))  # benchmarks is no part of the package
 
 from benchmarks import gpu_check, gpu_experts, gpu_meter, gpu_tables
+from benchmarks.gpu_bench import in_turn
 from benchmarks.gpu_floors import Ceilings, kernel_floor, kernels
 from benchmarks.gpu_problem import SHAPES, Candidate, Problem, Shape, draw, route
 from benchmarks.peers import composite
@@ -51,6 +52,13 @@ def test_route_gives_each_token_k_experts(zipf: float) -> None:
     assert routing.indices.shape == routing.weights.shape == (TINY.tokens, TINY.k)
     assert all(len(set(row)) == TINY.k for row in routing.indices.tolist())
     assert int(routing.indices.min()) >= 0 and int(routing.indices.max()) < TINY.n_experts
+
+
+def test_turns_go_there_and_back_and_every_two_have_an_order_of_their_own() -> None:
+    orders = [tuple(in_turn("abcdef", turn)) for turn in range(8)]
+    assert all(sorted(order) == list("abcdef") for order in orders)
+    assert all(back == there[::-1] for there, back in zip(orders[::2], orders[1::2], strict=True))
+    assert len(set(orders)) == 8 and len({order[0] for order in orders}) > 2
 
 
 def test_route_of_a_zipf_exponent_is_more_uneven() -> None:

@@ -71,6 +71,21 @@ def test_document_of_a_suite_in_parts_is_one_set_of_tables(parts: list[Path], tm
     assert "![what it shows](plots/gpu_few_both.svg)" in found
 
 
+def test_document_names_the_shapes_that_no_row_was_timed_for_and_the_rows_not_asked_for(
+    parts: list[Path], tmp_path: Path
+) -> None:
+    figures = json.loads(parts[0].read_text())
+    (key,) = figures["shapes"]
+    figures["shapes"]["later-1"] = figures["shapes"][key]
+    figures["results"] += [{**r, "shape": "later-1", "reason": "TimeoutError: over"} for r in figures["results"]]
+    (tmp_path / "gpu_few_1.json").write_text(json.dumps(figures))
+    kept = results_files.suites(tmp_path)
+    assert [*kept["gpu_few"][0]["shapes"]] == [key]
+    found = results.document(kept, {})
+    assert "Shapes not reached in the run's time: later-1." in found and "TimeoutError" not in found
+    assert "Rows not asked for: moebius triton; PyTorch composite, compiled;" in found
+
+
 def test_store_of_a_suite_without_a_place_is_refused(parts: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds figures of gpu_few, which has no place in the document"):
         results_files.store(parts[0], {"gpu_all"}, tmp_path / "kept")
