@@ -79,9 +79,9 @@ def sort_routes(
 
 def gather_rows(x_SD: Float[Tensor, "S D"], slot_of_row_R: Int[Tensor, " R"], k: int) -> Tensor:
     """[R, D]: row r is x[slot_of_row[r] // k]."""
-    rows_RD = _empty(x_SD, len(slot_of_row_R), x_SD.shape[1])
+    rows_RD = _empty(x_SD, slot_of_row_R.shape[0], x_SD.shape[1])
     launch = plan.gather_rows(*rows_RD.shape[:1], k, x_SD.shape[1])
-    run(launch, x_SD.contiguous(), slot_of_row_R.contiguous(), len(slot_of_row_R), rows_RD)
+    run(launch, x_SD.contiguous(), slot_of_row_R.contiguous(), slot_of_row_R.shape[0], rows_RD)
     return rows_RD
 
 
@@ -139,7 +139,7 @@ def activate_rows(
 ) -> Tensor:
     """[R, I]: activation times weight in float32, rounded once; hidden plus its bias is rounded first."""
     hidden_RU = hidden_RU.contiguous()
-    n_rows, inter_dim = len(hidden_RU), hidden_RU.shape[1] // activation.up_width(1)
+    n_rows, inter_dim = hidden_RU.shape[0], hidden_RU.shape[1] // activation.up_width(1)
     act_RI = _empty(hidden_RU, n_rows, inter_dim)
     launch = plan.activate_rows(n_rows, inter_dim, activation, _count(bias_eU), row_weights_R is not None)
     run(launch, hidden_RU, *_given(hidden_RU, bias_eU, row_experts_R, row_weights_R), n_rows, act_RI)
@@ -182,7 +182,7 @@ def sum_rows(
     Rows past sum(group_sizes_e) are not read. `dtype` is that of values_RF by default.
     """
     values_RF, group_sizes_e = values_RF.contiguous(), group_sizes_e.contiguous()
-    (n_rows, F), n_experts = values_RF.shape, len(group_sizes_e)
+    (n_rows, F), n_experts = values_RF.shape, group_sizes_e.shape[0]
     sums_eF = torch.empty(n_experts, F, dtype=dtype or values_RF.dtype, device=values_RF.device)
     parts_PG = _empty(group_sizes_e, plan.parts(n_rows, n_experts), 2 * F)
     sum_parts, join_parts = plan.sum_rows(n_rows, n_experts, F, row_weights_R is not None)
@@ -195,16 +195,16 @@ def dot_rows(
     values_RF: Float[Tensor, "R F"], bias_eF: Float[Tensor, "e F"], row_experts_R: Int[Tensor, " R"]
 ) -> Tensor:
     """[R] float32: each row times the bias of its expert; 0 for rows without one, which are not read."""
-    dots_R = torch.empty(len(values_RF), dtype=torch.float32, device=values_RF.device)
-    launch = plan.dot_rows(len(values_RF), *bias_eF.shape)
+    dots_R = torch.empty(values_RF.shape[0], dtype=torch.float32, device=values_RF.device)
+    launch = plan.dot_rows(values_RF.shape[0], *bias_eF.shape)
     inputs = values_RF.contiguous(), bias_eF.contiguous(), row_experts_R.contiguous()
-    run(launch, *inputs, len(values_RF), dots_R)
+    run(launch, *inputs, values_RF.shape[0], dots_R)
     return dots_R
 
 
 def list_tiles(group_sizes_e: Int[Tensor, " e"], n_rows: int, height: int) -> tuple[Tensor, Tensor]:
     """(tiles, starts) of kernels.tiles.list_tiles for n_rows rows; tiles have `height` rows."""
-    e = len(group_sizes_e)
+    e = group_sizes_e.shape[0]
     if e == 0:
         return group_sizes_e.new_zeros(1, 4), group_sizes_e.new_zeros(1)
     tiles_Q4 = _empty(group_sizes_e, 1 + plan_portable.tiles(n_rows, e, height), 4)
@@ -233,7 +233,7 @@ def grouped_product(
     """
     (R, D), F = rows_RD.shape, weight.shape[1 if transposed else 2]
     out_RF = _empty(rows_RD, R, F)
-    launch = plan_grouped.product(R, len(weight), D, F, transposed, *_where(rows_RD))
+    launch = plan_grouped.product(R, weight.shape[0], D, F, transposed, *_where(rows_RD))
     run(launch, rows_RD, weight, tiles_Q4, out_RF)
     return out_RF
 
@@ -267,7 +267,7 @@ def activated_product(
     I = U // activation.up_width(1)
     hidden_RU, act_RI = _empty(rows_RD, R, U), _empty(rows_RD, R, I)
     processors = _device(rows_RD.device).processors
-    few = plan_hopper.few(R, len(up_eDU), U, processors)
+    few = plan_hopper.few(R, up_eDU.shape[0], U, processors)
     told = D, I, activation, bias_eU is not None, row_weights_R is not None
     launch = plan_hopper.activated_product(processors, *told, few)
     run(launch, rows_RD, up_eDU, *_given(rows_RD, bias_eU, row_weights_R), tiles_Q4, hidden_RU, act_RI)

@@ -178,7 +178,7 @@ def _up(
     row_experts_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(pre-activation, see Kept [R, U], its activation [R, I])."""
-    if len(rows_RD) and fused is not None:
+    if rows_RD.shape[0] and fused is not None:
         return fused.up(rows_RD, w.up_eDU.contiguous(), prepared, row_weights_R, activation, w.up_bias_eU)
     hidden_RU = _product(matmul, rows_RD, w.up_eDU, prepared)
     bias = {"bias_eU": w.up_bias_eU, "row_experts_R": row_experts_R}
@@ -205,7 +205,7 @@ def _down_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(dhidden [R, U], ddown [e, I, D] or None, dots [R, B]: parts of the row weights' gradients but the bias')."""
     hidden_RU, row_weights_R, ddown_eID = kept.hidden_RU, kept.row_weights_R, None
-    if len(dout_RD) and fused is not None:
+    if dout_RD.shape[0] and fused is not None:
         given = hidden_RU, row_weights_R, activation, in_place
         dhidden_RU, act_RI, dots_RB = fused.down_gradient(dout_RD, w.down_eID.contiguous(), prepared, *given)
         if needs_down:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -167,6 +168,11 @@ def _kind(device: torch.device) -> str:
     return "rocm" if device.type == "cuda" and torch.version.hip is not None else device.type
 
 
+def _capabilities() -> list[tuple[int, int]]:
+    """Of the devices that are here."""
+    return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -309,6 +315,8 @@ def _load_mxfp8() -> Kernels:
 def _load_triton() -> Kernels:
     from moebius.torch_frontend import matmul_triton as backend
 
+    if any(major == 9 for major, _ in _capabilities()):
+        import_module("moebius.core.kernels.fused_hopper")  # in Gluon, which an older Triton does not have
     fused = Fused(backend.fuses, backend.activated_product, backend.differentiated_product)
     return Kernels(backend.Prepared, backend.product, backend.weight_gradient, fused)
 

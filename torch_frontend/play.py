@@ -7,7 +7,7 @@ arguments; the compiled kernel that it hands back is called from then on, as Tri
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -37,32 +37,39 @@ def run(launch: Launch, *arguments: Any) -> None:
 
 def _play(launch: Launch, device: int, arguments: tuple[Any, ...]) -> None:
     # What Triton compiles other code for: a dtype, an address between 16 bytes, an integer of 64 bits.
-    kinds = [(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a >= _WIDE for a in arguments]
-    key = (launch.code, device, *kinds)
+    kinds: list[Any] = [launch.code, device]
+    given = []  # addresses as numbers: of a tensor Triton's launcher would ask for it, and the driver whether it is one
+    for argument in arguments:
+        if type(argument) is int:  # a look at Tensor's class takes longer
+            kinds.append(argument >= _WIDE)
+            given.append(argument)
+        else:
+            address = argument.data_ptr()
+            kinds += argument.dtype, address % 16
+            given.append(address)
+    key = tuple(kinds)
     found = _compiled.get(key)
     if found is None:
         _first(launch, key, arguments)
         return
     compiled, constants = found
-    if launch.blocks:
-        described = [_described(a, block) for a, block in zip(arguments, launch.blocks, strict=False)]
-        arguments = (*described, *arguments[len(described) :])
     if _watched():
-        compiled[(launch.programs, 1, 1)](*arguments, *constants)
+        compiled[(launch.programs, 1, 1)](*_with_descriptors(launch, arguments), *constants)
         return
+    for place, block in enumerate(launch.blocks):
+        given[place] = _described(given[place], arguments[place].shape, block)
     stream = torch._C._cuda_getCurrentRawStream(device)
     handles = compiled.function, compiled.packed_metadata
-    compiled.run(launch.programs, 1, 1, stream, *handles, None, None, None, *arguments, *constants)
+    compiled.run(launch.programs, 1, 1, stream, *handles, None, None, None, *given, *constants)
 
 
 def _watched() -> bool:
     """Whether a profiler of Triton's asks to be told of each launch."""
     runtime = _runtime()
-    return bool(_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
-
-
-def _calls(hook: Any) -> Any:
-    return getattr(hook, "calls", hook)  # a chain of hooks, or in older versions one
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    )  # of a chain, or in older versions one
 
 
 @cache
@@ -72,31 +79,47 @@ def _runtime() -> Any:
 
 def _first(launch: Launch, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
     """Triton's own way, which compiles, and tells what to call from now on; its interpreter tells nothing."""
-    described = [descriptor(a, block) for a, block in zip(arguments, launch.blocks, strict=False)]
     function = kernel_of(launch.kernel)
-    given = (*described, *arguments[len(described) :])
+    given = _with_descriptors(launch, arguments)
     compiled = function[(launch.programs,)](*given, **launch.constants, **launch.options())
     if compiled is not None:
         _compiled[key] = compiled, tuple(launch.constants[name] for name in function.arg_names[len(arguments) :])
 
 
+def _with_descriptors(launch: Launch, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    described = [descriptor(a, block) for a, block in zip(arguments, launch.blocks, strict=False)]
+    return (*described, *arguments[len(described) :])
+
+
 def descriptor(operand: Tensor, block: tuple[int, ...]) -> Any:
     """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
-    return _descriptors()(operand, *_place(operand), list(block), _layout(len(block)))
+    return _descriptors()(operand, *_place(operand.shape), list(block), _layout(len(block)))
 
 
-def _described(operand: Tensor, block: tuple[int, ...]) -> Any:
-    """`descriptor` without its checks, which an operand of this kind has passed."""
+class _Address:
+    """Stands for an operand in a descriptor that is kept longer than the operand."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int):
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@lru_cache(maxsize=4096)
+def _described(address: int, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """`descriptor` without its checks, which an operand of this kind has passed, and without its operand."""
     made = object.__new__(_descriptors())
-    made.base, made.block_shape, made.layout = operand, list(block), _layout(len(block))
-    made.shape, made.strides = _place(operand)
+    made.base, made.block_shape, made.layout = _Address(address), list(block), _layout(len(block))
+    made.shape, made.strides = _place(shape)
     return made
 
 
-def _place(operand: Tensor) -> tuple[list[int], list[int]]:
+def _place(shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Shape and strides of a contiguous operand; torch's own strides say nothing of an axis of one element."""
-    shape = list(operand.shape)
-    return shape, [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return list(shape), [prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 @cache

@@ -76,7 +76,7 @@ def shard_experts(module: nn.Module, ep_mesh: Any) -> nn.Module:
         new = nn.Parameter(_shard(value, mesh), requires_grad=value.requires_grad)
         new.grad = None if value.grad is None else _shard(value.grad, mesh)
         module.register_parameter(name, new)
-    if hasattr(module, "backend_name"):  # one of moebius' own
+    if hasattr(type(module), "backend_name"):  # one of moebius' own
         register(module, mesh)
     return module
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from typing import Any
 
@@ -39,6 +39,10 @@ class Launch:
     def __post_init__(self) -> None:
         code = (self.kernel, tuple(sorted(self.constants.items())), self.num_warps, self.registers, self.blocks)
         object.__setattr__(self, "code", _CODES.setdefault(code, next(_NUMBERS)))
+
+    def __reduce__(self) -> Any:  # a code is a number of one process
+        fields = {name: getattr(self, name) for name in self.__slots__ if name != "code"}
+        return partial(Launch, **fields), ()
 
     def __hash__(self) -> int:
         return hash((self.code, self.programs))

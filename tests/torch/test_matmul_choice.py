@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moebius.core import BackendConfig, MoEConfig, measured
+from moebius.core import BackendConfig, BackendUnavailable, MoEConfig, measured
 from moebius.core.registry import of_layer
 from moebius.torch_frontend import GroupedExperts, experts, grouped_matmul, matmul
 from moebius.torch_frontend.matmul import Kernels, choose
@@ -143,3 +143,20 @@ def test_default_of_some_experts_goes_by_the_routes_that_they_get(hopper) -> Non
     told = of_layer(None, replace(CONFIG, n_routed_experts=512))  # 128 ranks: all slots of all tokens come
     assert choose(of_layer(None, CONFIG), rows(), UP, DOWN, 512).name == "triton"
     assert choose(told, rows(), UP, DOWN, 512).name == "grouped_mm"
+
+
+def test_triton_without_gluon_is_broken_where_there_is_a_hopper_gpu(hopper, monkeypatch) -> None:
+    def no_gluon(name):
+        raise ImportError(f"no module {name}")
+
+    monkeypatch.setattr(matmul.BACKENDS, "_loaded", {"grouped_mm": matmul.BACKENDS._loaded["grouped_mm"]})
+    monkeypatch.setattr(matmul.BACKENDS, "_broken", {})
+    monkeypatch.setattr(matmul, "import_module", no_gluon)
+    monkeypatch.setattr(matmul, "_capabilities", lambda: [(8, 0), (9, 0)])
+    assert choose(None, rows(), UP, DOWN, 4096).name == "grouped_mm"
+    with pytest.raises(BackendUnavailable, match=r"no module moebius\.core\.kernels\.fused_hopper"):
+        choose("triton", rows(), UP, DOWN, 4096)
+    monkeypatch.setattr(matmul.BACKENDS, "_broken", {})
+    monkeypatch.setattr(matmul, "_capabilities", lambda: [(8, 0)])
+    matmul._choose.cache_clear()
+    assert choose("triton", rows(), UP, DOWN, 4096).name == "triton"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -71,7 +73,7 @@ def test_run_a_second_time_calls_the_compiled_kernel_with_constants_in_order(ker
     play.run(launch(programs=5), ROWS, 4, OUT)
     assert [grid for grid, *_ in kernel.first] == [(3,)]
     ((grid, arguments),) = kernel.later
-    assert grid == (5, 1, 1) and arguments[0] is ROWS and arguments[1:] == (4, OUT, 8, 64)
+    assert grid == (5, 1, 1) and arguments == (ROWS.data_ptr(), 4, OUT.data_ptr(), 8, 64)
 
 
 def test_run_without_programs_launches_nothing(kernel: Kernel) -> None:
@@ -111,8 +113,26 @@ def test_run_a_second_time_hands_over_the_descriptor_of_the_first(kernel: Kernel
     for _ in range(2):
         play.run(launch(blocks=((64, 64),)), rows, 4, OUT)
     ((_, (first, *_), _),), ((_, (later, *_)),) = kernel.first, kernel.later
-    assert type(later) is type(first) and later.base is rows and later.padding == first.padding
+    assert type(later) is type(first) and later.base.data_ptr() == rows.data_ptr() and later.padding == first.padding
     assert [getattr(later, name) for name in names] == [getattr(first, name) for name in names]
+
+
+def test_descriptors_that_are_kept_keep_no_operand(kernel: Kernel) -> None:
+    rows = torch.zeros(128, 64, dtype=torch.bfloat16)
+    for _ in range(2):
+        play.run(launch(blocks=((64, 64),)), rows, 4, OUT)
+    gone = weakref.ref(rows)
+    kernel.first.clear()
+    del rows
+    assert gone() is None and kernel.later
+
+
+def test_a_launch_that_was_pickled_has_the_code_of_this_process() -> None:
+    one = launch(blocks=((8, 8),))
+    again = pickle.loads(pickle.dumps(one))
+    assert again == one and again.code == one.code and hash(again) == hash(one)
+    far = pickle.dumps(launch(deep=128)).replace(b"file.name", b"file.made")
+    assert pickle.loads(far).code == Launch(kernel="file.made", programs=3, constants={"DEEP": 128, "WIDE": 8}).code
 
 
 def test_launches_of_other_constants_or_options_are_other_code() -> None:
