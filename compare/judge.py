@@ -56,6 +56,7 @@ def judge(p: Problem, answers: Mapping[str, Answer], index: int = 0) -> Layer:
         clamped=clamped,
         worst=worst([*sides, *pairs], index),
         notes=tuple(note for side in sides for note in (*side.answer.notes, *_missing(side, p))),
+        dropped={side.name: side.answer.dropped for side in sides if side.answer.dropped and side.answer.counts},
     )
 
 

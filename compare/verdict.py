@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -162,7 +162,7 @@ class Layer:
         rows: stages in order, then gradients in the order of the backward pass, then those of parameters.
         clamped: None where the activation has no limit.
         worst: elements by falling |z|, a few of every tensor and column.
-        notes: what a reader should know, in sentences.
+        notes: what a reader should know, in sentences. dropped: side -> routes that found no room, where there are any.
     """
 
     index: int
@@ -174,11 +174,12 @@ class Layer:
     clamped: Clamped | None
     worst: tuple[Element, ...]
     notes: tuple[str, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        """The severest of routing and rows; "fail" where nothing was compared."""
-        if not self.rows:
+        """The severest of routing and rows; "fail" where nothing was compared, or a route found no room."""
+        if not self.rows or any(self.dropped.values()):
             return FAIL
         counted = [agreement.verdict for agreement in self.routing.values() if agreement.counts]
         return worst_of([*counted, *(row.verdict for row in self.rows)])
@@ -193,7 +194,10 @@ class Layer:
     @property
     def faults(self) -> list[str]:
         """Every warning and failure that counts, in words, in the order of the pass."""
-        found = []
+        found = [
+            f"dropped, {side}: {count} routes found no room; raise dispatcher_bound, or leave it out"
+            for side, count in self.dropped.items()
+        ]
         for column, agreement in self.routing.items():
             if agreement.counts and agreement.verdict == FAIL:
                 found.append(f"ids, {column}: {agreement}, tokens {', '.join(map(str, agreement.examples))}")

@@ -51,7 +51,7 @@ class Answer:
         device: where it ran. seconds: that it took.
         counts: whether the verdict counts. paired: to be held against the first side too.
         weight_after: the routing weight comes after the down projection; None for as the config says.
-        notes: what a reader should know.
+        notes: what a reader should know. dropped: routes that found no room.
     """
 
     ids_TK: np.ndarray | None
@@ -62,6 +62,7 @@ class Answer:
     paired: bool = True
     weight_after: bool | None = None
     notes: tuple[str, ...] = ()
+    dropped: int = 0
 
     @property
     def routed(self) -> bool:

@@ -20,6 +20,7 @@ from moebius.core.errors import ConfigError, DTypeError, MoEError, ShapeError
 from moebius.core.stages import GRADIENT, INPUT, OUTPUT
 from moebius.torch_frontend import MoE
 
+DROPPED = "dropped"  # routes that found no room, of a dispatcher with a bound
 _RETURNS = "return the output [T, dim], or a mapping of moebius.core.stages' names to tensors with 'output' among them"
 _CALLED = (
     "it is called with x [T, dim] and the parameters by name, an nn.Module with x alone; wrap a function of JAX arrays "
@@ -29,7 +30,10 @@ _CALLED = (
 
 @dataclass(frozen=True)
 class InJax:
-    """A function of JAX arrays as a side: f(x [T, dim], parameters) -> output, or a mapping by stage."""
+    """A function of JAX arrays as a side: f(x [T, dim], parameters) -> output, or a mapping by stage.
+
+    Over devices with a bound, let it return "dropped" too, the count of its dispatcher.
+    """
 
     function: Callable[..., Any]
 
@@ -45,7 +49,8 @@ def run(p: Problem, desk: Desk, side: Side) -> Answer:
     of core.layout are compared too. Anything else is called with (x, parameters): x [T, dim] and the problem's
     parameters by name, in the problem's dtype, on the CPU; the parameters lead to gradients. Gradients that it returns
     itself, as "grad.x" or "grad.experts.down_projs", count instead of autograd's. A stage that is returned detached has
-    no gradient; one that does not lead to the output has a gradient of zero.
+    no gradient; one that does not lead to the output has a gradient of zero. Integers that it returns as "dropped",
+    routes that found no room, fail the comparison where they are not zero.
 
     Raises:
         ConfigError, ShapeError, DTypeError: it raises, or returns something else than a layer would.
@@ -55,7 +60,7 @@ def run(p: Problem, desk: Desk, side: Side) -> Answer:
         return traced(call, p, desk)
     x_TD = p.tensor(p.x_TD).requires_grad_()
     if isinstance(call, InJax):
-        return desk.answer(leaving(_in_jax(p, side, call.function)))
+        return _answer(desk, _in_jax(p, side, call.function))
     if isinstance(call, nn.Module):
         inputs: dict[str, Tensor] = {n: value for n, value in call.named_parameters() if n in p.parameters}
         device = next(call.parameters(), x_TD).device
@@ -69,7 +74,12 @@ def run(p: Problem, desk: Desk, side: Side) -> Answer:
         with precise():
             found = checked(_called(side, call, x_TD, inputs), p, side.name)
             found = _with_gradients(found, {INPUT: x_TD, **inputs}, p, side)
-    return desk.answer(leaving(found))
+    return _answer(desk, found)
+
+
+def _answer(desk: Desk, found: dict[str, Tensor]) -> Answer:
+    dropped = found.pop(DROPPED, None)
+    return desk.answer(leaving(found), dropped=0 if dropped is None else int(dropped.sum()))
 
 
 def checked(found: Any, p: Problem, name: str) -> dict[str, Tensor]:
@@ -80,23 +90,25 @@ def checked(found: Any, p: Problem, name: str) -> dict[str, Tensor]:
     """
     if not isinstance(found, Mapping):
         found = {OUTPUT: found}
-    unknown = [key for key in found if not isinstance(key, str) or (key != "ids" and shape_of(key, p) is None)]
+    integers = ("ids", DROPPED)
+    unknown = [key for key in found if not isinstance(key, str) or (key not in integers and shape_of(key, p) is None)]
     if unknown or OUTPUT not in found:
         have = f"the names {', '.join(map(str, found)) or 'none'}"
         known = ", ".join(stage.name for stage in stages.of(p.config))
-        raise ConfigError(f"the output of side {name!r}", have, f"{_RETURNS}; names: {known}, grad.x")
+        raise ConfigError(f"the output of side {name!r}", have, f"{_RETURNS}; names: {known}, grad.x, {DROPPED}")
     for key, value in found.items():
         if not isinstance(value, Tensor):
             raise ConfigError(
                 f"{key!r} of side {name!r}", f"a {type(value).__module__}.{type(value).__name__}", _RETURNS
             )
-        if not value.is_floating_point() and key != "ids":
+        if not value.is_floating_point() and key not in integers:
             raise DTypeError(f"{key!r} of side {name!r}", f"dtype {value.dtype}", "return a floating dtype")
         due = shape_of(key, p)
         if due is not None and tuple(value.shape) != due:
             raise ShapeError(f"{key!r} of side {name!r} of shape {due}", f"shape {tuple(value.shape)}", _RETURNS)
-    if "ids" in found and (found["ids"].is_floating_point() or found["ids"].dtype == torch.bool):
-        raise DTypeError(f"'ids' of side {name!r}", f"dtype {found['ids'].dtype}", "return integers")
+    for key in integers:
+        if key in found and (found[key].is_floating_point() or found[key].dtype == torch.bool):
+            raise DTypeError(f"{key!r} of side {name!r}", f"dtype {found[key].dtype}", "return integers")
     by_slot = [key for key in ("weights", GRADIENT + "weights") if key in found]
     if by_slot and "ids" not in found:
         raise ConfigError(f"{by_slot[0]!r} of side {name!r}", "no 'ids', so that no slot has an expert", "return both")

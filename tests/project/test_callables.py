@@ -292,3 +292,21 @@ def test_weights_without_their_experts_are_refused(p):
 def test_an_error_of_moebius_inside_a_function_names_the_side(p):
     with pytest.raises(ShapeError, match="side 'mine': logits"):
         judged(p, lambda x, w: torch_frontend.route(x, p.config))
+
+
+# ---------------------------------------------------------------------------------------------- routes without room
+@pytest.mark.parametrize("count", [0, 3])
+def test_routes_that_found_no_room_fail_the_comparison(p, count):
+    in_jax = InJax(lambda x, w: {"output": of_jax(x, w), "dropped": jnp.asarray([count, 0])})
+    in_torch = lambda x, w: {"output": output(p)(x, w), "dropped": torch.tensor(count)}  # noqa: E731
+    for call in (in_jax, in_torch):
+        layer = judged(p, call)
+        assert layer.verdict == (FAIL if count else PASS) and layer.dropped == ({"mine": 3} if count else {})
+        assert ["3 routes found no room; raise dispatcher_bound" in fault for fault in layer.faults] == [True] * (
+            count > 0
+        )
+
+
+def test_count_of_dropped_routes_that_is_no_integer_is_refused(p):
+    with pytest.raises(DTypeError, match=r"'dropped' of side 'mine'\nfound: dtype torch.float32"):
+        judged(p, lambda x, w: {"output": output(p)(x, w), "dropped": torch.zeros(())})
