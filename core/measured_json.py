@@ -91,12 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", nargs="+", type=Path, help="that a GPU benchmark's --json wrote")
     parser.add_argument("--capability", help="compute capability of the device, for figures that do not say it")
     parser.add_argument("--date", help="of the run, ISO; by default that of the file")
-    parser.add_argument("--command", default="benchmarks/run_gpu", help="that measured (%(default)s)")
+    parser.add_argument("--command", help="that measured; by default what the figures say")
     options = parser.parse_args(arguments)
     for file in options.file:
         written = datetime.fromtimestamp(file.stat().st_mtime, tz=UTC).date().isoformat()
-        told = {"capability": options.capability, "date": options.date or written, "command": options.command}
-        print(runs(json.loads(file.read_text()), **told), end="")
+        figures = json.loads(file.read_text())
+        command = options.command or figures.get("options", {}).get("command", "benchmarks/run_gpu")
+        told = {"capability": options.capability, "date": options.date or written, "command": command}
+        print(runs(figures, **told), end="")
 
 
 if __name__ == "__main__":
