@@ -44,12 +44,18 @@ class End:
 
 
 def run(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 20.0, env: Mapping[str, str] | None = None
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout: float = 20.0,
+    env: Mapping[str, str] | None = None,
+    transport: str = "gloo",
 ) -> list[End]:
-    """function(*args) on each rank of a gloo group; how each ended, by rank.
+    """function(*args) on each rank of a group; how each ended, by rank.
 
     Args:
         function: at the top level of its file. timeout: of the group. env: to set in each rank.
+        transport: "gloo", or "nccl" with a GPU for each rank.
     """
     with tempfile.TemporaryDirectory() as folder:
         began, port = time.time(), _port()
@@ -62,6 +68,7 @@ def run(
             ranks,
             port,
             dict(env or {}),
+            transport,
         )
         processes = [
             _SERVER.Process(target=_rank, args=(rank, pickle.dumps(work)), daemon=True) for rank in range(ranks)
@@ -110,14 +117,16 @@ def _rank(rank: int, work: bytes) -> None:
 
     gc.freeze()  # as in ranks
     torch.set_num_threads(1)
-    file, name, args, timeout, folder, ranks, port, env = pickle.loads(work)
+    file, name, args, timeout, folder, ranks, port, env, transport = pickle.loads(work)
     os.dup2(os.open(os.path.join(folder, f"stderr{rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks), **env)
     value = error = None
     text = ""
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        if transport == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(transport, timeout=timedelta(seconds=timeout))
         value = _function(file, name)(*args)
     except BaseException as raised:
         error, text = raised, traceback.format_exc()
