@@ -280,7 +280,7 @@ class BackendConfig(_FromAttributes):
             count as no route, and the experts record how many. "poison": their tokens' outputs are NaN.
         dispatcher_max_tokens: in PyTorch, no rank has more tokens in any call, alike on all ranks: "allgather", taken
             where none is named, and DeepEP's kin then read nothing on the host, and travel and compute as if every rank
-            had as many. None to count them.
+            had as many. "te" needs it: it is made for a number of tokens. None to count them, which "alltoall" has to.
         dispatcher_num_sms, dispatcher_share_token_dispatcher, dispatcher_async_dispatch: of the DeepEP dispatchers.
         fake_balanced_gate: route evenly without looking at x, for benchmarks.
         fake_gate_noise: share of randomness in the fake gate, 0 to 1.

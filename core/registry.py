@@ -142,6 +142,24 @@ def layer_of(backend: str | None) -> tuple[int, int, int, int] | None:
     return n_experts, dim, inter_dim, width
 
 
+def sizes(
+    backend: str | None, weight_shape: Sequence[int], down_shape: Sequence[int] | None, n_rows: int | None
+) -> tuple[str | None, tuple[int, ...], int | None]:
+    """What is chosen for, as (a name or None, [e, D, F] of a product or [e, D, I, U] of a layer, its routed rows).
+
+    Args:
+        backend: a name, None, or what `of_layer` made. weight_shape: of a product or, with `down_shape`, of the up
+            projection. n_rows: of all slots that came, of which some are routes of experts held elsewhere.
+    """
+    layer = layer_of(backend)
+    if layer is not None:
+        (n_experts, *widths), held = layer, weight_shape[0]
+        return None, (held, *widths), None if n_rows is None else n_rows * held // max(n_experts, 1)
+    if down_shape is not None:
+        return backend, (*weight_shape[:2], down_shape[1], weight_shape[2]), n_rows
+    return backend, tuple(weight_shape), n_rows
+
+
 @dataclass
 class Registry:
     """The backends of one operation of one frontend, in the order in which None tries them.

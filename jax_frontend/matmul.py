@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 
 from moebius.core import checks, measured
 from moebius.core.kernels import plan_grouped
-from moebius.core.registry import Backend, Problem, Registry, layer_of
+from moebius.core.registry import Backend, Problem, Registry, layer_of, sizes
 from moebius.jax_frontend.checks import check_group_sizes
 from moebius.jax_frontend.operators import bilinear, call, contract
 
@@ -112,16 +112,9 @@ def choose(
             both of their products.
         down_shape: [e, I, D]. n_rows: R, of all experts; None for many, as in training.
     """
-    layer = layer_of(backend)
-    if layer is not None:
-        (n_experts, *widths), held = layer, weight_shape[0]
-        n_rows = rows.shape[0] if n_rows is None else n_rows
-        # Of the routes of all tokens that came, those of the experts held here.
-        backend, n_rows, shape = None, n_rows * held // max(n_experts, 1), (held, *widths)
-    elif down_shape is not None:
-        shape = (*weight_shape[:2], down_shape[1], weight_shape[2])
-    else:
-        shape = tuple(weight_shape)
+    if n_rows is None and layer_of(backend) is not None:
+        n_rows = rows.shape[0]
+    backend, shape, n_rows = sizes(backend, weight_shape, down_shape, n_rows)
     told = str(rows.dtype), shape, measured.bucket(n_rows), may_be_split(rows)
     found = _choose(backend, *device_of(rows), *told)
     return replace(found, name=_in_context(found.name)) if found.name == "te" else found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +14,7 @@ from jax import Array
 
 from moebius.core.errors import BackendUnavailable
 from moebius.core.kernels import interpreter, plan_grouped
+from moebius.core.kernels.lookup import block_layout, kernel_of
 from moebius.core.kernels.plan import Launch
 from moebius.jax_frontend import older_triton
 from moebius.jax_frontend.operators import opaque, varying_like
@@ -96,17 +96,4 @@ def load() -> None:
 
 def descriptor(operand: Array, block: tuple[int, ...]) -> Any:
     """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
-    return import_module("jax_triton").TensorDescriptor.from_array(operand, block, _layout(len(block)))
-
-
-@cache
-def _layout(rank: int) -> Any:
-    language = import_module("triton.experimental.gluon.language")
-    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
-@cache
-def kernel_of(name: str) -> Any:
-    """The kernel that a launch calls "file.function"."""
-    file, function = name.split(".")
-    return getattr(import_module(f"moebius.core.kernels.{file}"), function)
+    return import_module("jax_triton").TensorDescriptor.from_array(operand, block, block_layout(len(block)))

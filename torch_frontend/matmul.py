@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from moebius.core import checks, measured
 from moebius.core.kernels import plan_grouped
-from moebius.core.registry import Backend, Problem, Registry, layer_of
+from moebius.core.registry import Backend, Problem, Registry, layer_of, sizes
 from moebius.torch_frontend import dtypes
 from moebius.torch_frontend.checks import check_group_sizes
 from moebius.torch_frontend.operators import call, differentiate
@@ -126,16 +126,9 @@ def choose(
             both of their products.
         down_shape: [e, I, D]. n_rows: R, of all experts; None for many, as in training.
     """
-    layer = layer_of(backend)
-    if layer is not None:
-        (n_experts, *widths), held = layer, weight_shape[0]
-        n_rows = rows.shape[0] if n_rows is None else n_rows
-        # Of the routes of all tokens that came, those of the experts held here.
-        backend, n_rows, shape = None, n_rows * held // max(n_experts, 1), (held, *widths)
-    elif down_shape is not None:
-        shape = (*weight_shape[:2], down_shape[1], weight_shape[2])
-    else:
-        shape = tuple(weight_shape)
+    if n_rows is None and layer_of(backend) is not None:
+        n_rows = rows.shape[0]
+    backend, shape, n_rows = sizes(backend, weight_shape, down_shape, n_rows)
     where = _kind(rows.device), _capability(rows.device)
     return _choose(backend, *where, str(rows.dtype), shape, measured.bucket(n_rows))
 

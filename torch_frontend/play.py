@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebius.core.kernels.lookup import block_layout, kernel_of
 from moebius.core.kernels.plan import Launch
 
 _WIDE = 1 << 31  # from here on an integer is another kind of argument to Triton
@@ -93,7 +94,7 @@ def _with_descriptors(launch: Launch, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 def descriptor(operand: Tensor, block: tuple[int, ...]) -> Any:
     """How the tensor memory accelerator finds blocks of an operand, made on the host: in no memory of the device."""
-    return _descriptors()(operand, *_place(operand.shape), list(block), _layout(len(block)))
+    return _descriptors()(operand, *_place(operand.shape), list(block), block_layout(len(block)))
 
 
 class _Address:
@@ -112,7 +113,7 @@ class _Address:
 def _described(address: int, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
     """`descriptor` without its checks, which an operand of this kind has passed, and without its operand."""
     made = object.__new__(_descriptors())
-    made.base, made.block_shape, made.layout = _Address(address), list(block), _layout(len(block))
+    made.base, made.block_shape, made.layout = _Address(address), list(block), block_layout(len(block))
     made.shape, made.strides = _place(shape)
     return made
 
@@ -126,16 +127,3 @@ def _place(shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
 def _descriptors() -> type[Any]:
     found: type[Any] = import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
     return found
-
-
-@cache
-def _layout(rank: int) -> Any:
-    language = import_module("triton.experimental.gluon.language")
-    return language.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
-
-
-@cache
-def kernel_of(name: str) -> Any:
-    """The kernel that a launch calls "file.function"."""
-    file, function = name.split(".")
-    return getattr(import_module(f"moebius.core.kernels.{file}"), function)

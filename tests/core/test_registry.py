@@ -6,7 +6,7 @@ import pytest
 
 from moebius.core.config import MoEConfig
 from moebius.core.errors import BackendUnavailable, ConfigError, Unsupported
-from moebius.core.registry import Problem, Registry, layer_of, of_layer
+from moebius.core.registry import Problem, Registry, layer_of, of_layer, sizes
 
 CPU = Problem(device="cpu", dtype="float32", dim=8, inter_dim=4, n_experts=2)
 GPU = Problem(device="cuda", dtype="bfloat16", dim=8, inter_dim=4, n_experts=2, capability=(9, 0))
@@ -260,3 +260,7 @@ def test_of_layer_keeps_a_name_and_for_none_the_widths(activation, width):
     config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=4, expert_activation=activation)
     assert of_layer("loop", config) == "loop" and layer_of("loop") is None and layer_of(None) is None
     assert layer_of(of_layer(None, config)) == (4, 16, 4, width)
+    up, down = (2, 16, width), (2, 4, 16)  # of 2 of the 4 experts
+    assert sizes(of_layer(None, config), down, None, 100) == (None, (2, 16, 4, width), 50)
+    assert sizes("loop", up, down, 100) == ("loop", (2, 16, 4, width), 100)
+    assert sizes(None, up, None, None) == (None, up, None)
