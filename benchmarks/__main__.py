@@ -23,6 +23,7 @@ APART = (
     "gpu_few",
     "gpu_gptoss",
     "gpu_growth",
+    "gpu_parallel",
     "gpu_portable",
     "gpu_experts",
     "gpu_flax",
