@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Sent(NamedTuple):
-    """What this rank has to compute.
+    """What this rank has to compute. `permute` puts it in the order of the experts, alike for every dispatcher.
 
     Attributes:
         x_SD: tokens. weights_SK: routing weights, promote_types(x.dtype, float32).

@@ -7,6 +7,10 @@ first called, under jit: when the call is traced, together with all others that 
 environment's MOEBIUS_PREFLIGHT says how many seconds a process waits for the others, 300 by default, or "off"; set it
 alike on all.
 
+A module is compared wherever it is called: over its mesh, or inside of a shard_map over it. The function `experts`
+inside of a shard_map is not: a dispatcher there knows the name of an axis and how long it is, and JAX tells nobody on
+which devices, and so in which processes, it lies. A module with that mesh is how to have its layer compared.
+
 JAX's transformations copy modules. So without values a layer counts as any other that looks the same, and is a new one
 where there is none: of what is built under jit the kinds of layers are compared, in their order, and not how many there
 are of each. Linen builds a layer when it is called, so that of its layers each new kind is compared by itself: where

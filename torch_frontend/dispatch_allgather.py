@@ -47,6 +47,11 @@ class AllGather(OverRanks):
         super().__init__(group, combine_dtype)
         self.max_tokens = max_tokens
 
+    @property
+    def reads_host(self) -> bool:
+        """See OverRanks."""
+        return self.max_tokens is None
+
     @not_compiled
     def dispatch(
         self,

@@ -114,6 +114,11 @@ class OverRanks:
         peers(group).dispatchers.add(self)
         self._alone = Layer(f"of {type(self).__name__} alone")
 
+    @property
+    def reads_host(self) -> bool:
+        """Whether a forward pass reads on the host, once; a backward pass never does."""
+        return True
+
     @not_compiled
     def dispatch(
         self,

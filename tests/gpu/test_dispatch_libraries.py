@@ -10,7 +10,7 @@ import ranks
 import torch
 from sides import Arrays, Problem, cached_problem, reference_over_ranks
 
-from moebius.core import BackendConfig
+from moebius.core import BackendConfig, MoEConfig
 from moebius.core.tolerance import Bound, bounds, within
 from moebius.torch_frontend import GroupedExpertsDeepEP, load_parameters
 from moebius.torch_frontend.dispatch import DISPATCHERS
@@ -18,6 +18,7 @@ from moebius.torch_frontend.dispatch_limits import LIMITS
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.gpu2,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 LENGTHS = [(24, 16), (40, 0)]
@@ -78,3 +79,41 @@ def test_experts_over_gpus_by_a_library_agree_with_reference(
     for key in parts[0]:
         whole = torch.cat([part[key] for part in parts]).double().numpy()
         assert within(whole, exact[key], limits[key]), key
+
+
+def _overlap(asynchronous: bool) -> tuple[int, int]:
+    """Kernels that send tokens in a forward pass, and other kernels that run during one of them, by a trace."""
+    from torch.autograd import DeviceType
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.profiler import ProfilerActivity, profile
+
+    from moebius.torch_frontend import MoE, shard_experts
+
+    sizes = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 4096, "moe_inter_dim": 1024}
+    config = MoEConfig(**sizes, n_shared_experts=4, dtype="bfloat16")
+    backend = BackendConfig(experts="grouped_mm", dispatcher="deepep", dispatcher_async_dispatch=asynchronous)
+    layer = MoE(config, backend, device="cuda")
+    shard_experts(layer.experts, init_device_mesh("cuda", (2,), mesh_dim_names=("ep",)))
+    x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            layer(x)
+            torch.cuda.synchronize()
+    kernels = [one for one in seen.events() if one.device_type == DeviceType.CUDA]
+    sending = [one.time_range for one in kernels if "deep_ep" in one.name and "::dispatch" in one.name]
+    others = [one.time_range for one in kernels if "deep_ep" not in one.name]
+    during = [own for own in others if any(own.start < sent.end and sent.start < own.end for sent in sending)]
+    layer.experts.close()
+    return len(sending), len(during)
+
+
+def test_shared_experts_are_computed_while_deepep_sends_by_a_trace() -> None:
+    why = DISPATCHERS["deepep"].missing() or DISPATCHERS.broken(DISPATCHERS["deepep"])
+    if why is not None:
+        pytest.skip(why)
+    for asynchronous in (True, False):
+        for sending, during in ranks.run(_overlap, 2, asynchronous, transport="nccl"):
+            assert sending > 0 and (during > 0) == asynchronous

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
 import ranks
 import torch
 from sides import Problem, cached_problem, expected
+from trips import waits
 
 from moebius.core import BackendConfig
 from moebius.core.tolerance import within
@@ -16,6 +16,7 @@ from moebius.torch_frontend import GroupedExperts, load_parameters, shard_expert
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.gpu2,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 LENGTHS = [(24, 16), (40, 0)]
@@ -54,28 +55,17 @@ def test_experts_over_gpus_agree_with_reference(lengths: tuple[int, ...], dtype:
         assert within(whole, exact[name], limits[name]), name
 
 
-def _waits(name: str) -> list[int]:
+def _waits(name: str, max_tokens: int | None) -> list[int]:
     """How often the host waits for the device in a forward pass, and in a backward pass, after one of each."""
-    from moebius.torch_frontend.dispatch import DISPATCHERS
+    from moebius.torch_frontend.dispatch import DISPATCHERS, Options
 
-    dispatcher = DISPATCHERS.implementation(DISPATCHERS[name])(torch.distributed.group.WORLD)
+    options = Options(64, 8, 2, max_tokens=max_tokens)
+    dispatcher = DISPATCHERS.implementation(DISPATCHERS[name])(torch.distributed.group.WORLD, None, options)
     rank, p = torch.distributed.get_rank(), _problem("bfloat16")
     own = slice(24 * rank, 24 + 16 * rank)  # of 40 tokens
     x = torch.from_numpy(p.x[own]).to("cuda", torch.bfloat16).requires_grad_()
     weights, ids = torch.from_numpy(p.weights[own]).float().cuda(), torch.from_numpy(p.ids[own]).cuda()
     mask, found = torch.from_numpy(p.token_mask[own]).cuda(), []
-
-    def counted(function: Any) -> Any:
-        torch.cuda.synchronize()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                result = function()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        found.append(sum("synchronizing" in str(warning.message) for warning in caught))
-        return result
 
     def forward() -> torch.Tensor:
         sent, state = dispatcher.dispatch(x, weights, ids, mask, 8)
@@ -83,12 +73,16 @@ def _waits(name: str) -> list[int]:
         return y
 
     for _ in range(2):  # the first also sets NCCL up
-        y = counted(forward)
+        y, out = waits(forward)
         dy = torch.ones_like(y)
-        counted(lambda y=y, dy=dy: y.backward(dy))
-    return found[2:]
+        _, home = waits(lambda y=y, dy=dy: y.backward(dy))
+        found = [out, home]
+    assert found[0] == dispatcher.reads_host
+    return found
 
 
-@pytest.mark.parametrize("name", ["alltoall", "allgather"])
-def test_dispatchers_wait_for_the_device_once_in_a_forward_pass_and_never_in_a_backward_pass(name: str) -> None:
-    assert ranks.run(_waits, 2, name, transport="nccl") == [[1, 0], [1, 0]]
+@pytest.mark.parametrize("name, max_tokens, out", [("alltoall", None, 1), ("allgather", None, 1), ("allgather", 24, 0)])
+def test_dispatchers_wait_for_the_device_at_most_once_in_a_forward_pass_and_never_in_a_backward_pass(
+    name: str, max_tokens: int | None, out: int
+) -> None:
+    assert ranks.run(_waits, 2, name, max_tokens, transport="nccl") == [[out, 0]] * 2

@@ -18,6 +18,7 @@ from moebius.torch_frontend.preflight import name_layers
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.gpu2,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 TIMEOUT = 15.0  # seconds, of the group; NCCL's watchdog and the start of ranks have the rest of faults.WAIT

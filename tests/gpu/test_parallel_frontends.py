@@ -11,6 +11,7 @@ import torch
 
 pytestmark = [
     *on_gpu.MARKS,
+    pytest.mark.gpu2,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 DISPATCHERS = (("allgather", "allgather"), ("alltoall", "alltoall"), ("alltoall", "ragged_all_to_all"))

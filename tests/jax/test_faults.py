@@ -66,11 +66,20 @@ found = {"unlike": {}}
 def traced(own):
     return lambda: jax.eval_shape(lambda: [call(one) for one in [layer(**fields) for fields in own]])
 
+# Each layer called inside of a shard_map over its mesh, as a copy of what was spread.
+def inside(own):
+    def one(fields):
+        graph, state = nnx.split(layer(**fields))
+        each = lambda state: call(nnx.merge(graph, state))
+        return jax.shard_map(each, mesh=mesh, in_specs=jax.P("ep"), out_specs=jax.P("ep"))(state)
+    return lambda: jax.eval_shape(lambda: [one(fields) for fields in own])
+
 for name, layers in json.loads(sys.argv[5]).items():
     versions = preflight._versions
     if name == "version" and place:
         preflight._versions = lambda: versions() | {"jax": "9.9.9"}
-    how = (lambda own: lambda: [layer(**fields) for fields in own]) if name == "built" else traced
+    built = lambda own: lambda: [layer(**fields) for fields in own]
+    how = {"built": built, "inside": inside}.get(name, traced)
     turns = 1 if name == "built" else 2  # whoever goes on is told again
     found["unlike"][name] = [said(how(layers[place])) for _ in range(turns)]
     preflight._versions = versions
@@ -114,6 +123,9 @@ liveness.close()
 from moebius.jax_frontend import linen
 built = linen.GroupedExperts(layers[0].config, layers[0].backend, mesh=mesh)
 tokens = jnp.ones((3, 4)), jnp.ones(3, bool), jnp.ones((3, 2)), jnp.arange(6).reshape(3, 2) % 4
+liveness.close()
+found["inside"] = said(inside([{}, {"n_routed_experts": 8}])), now()
+liveness.close()
 found["linen"] = []
 for _ in range(2):
     variables = jax.eval_shape(built.init, jax.random.key(0), *tokens)
@@ -204,6 +216,7 @@ UNLIKE: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "kinds": ([{}, {}], [{}, {"dim": 8}]),
     "version": ([{}], [{}]),
     "built": ([{}, {}], [{}, {"dim": 8}]),
+    "inside": ([{}], [{"dim": 8}]),
 }
 WORDS = {
     "D": ["layer 0: D is 4 on process 0, 8 on process 1"],
@@ -218,6 +231,7 @@ WORDS = {
     "kinds": ["layers is 1 on process 0, 2 on process 1"],
     "version": [f"jax is {jax.__version__} on process 0, 9.9.9 on process 1"],
     "built": ["layer 1: D is 4 on process 0, 8 on process 1"],
+    "inside": ["layer 0: D is 4 on process 0, 8 on process 1"],
 }
 CASES: dict[str, tuple[str, ...]] = {
     "talks": (TALKS, json.dumps(UNLIKE)),
@@ -283,6 +297,11 @@ def test_processes_that_are_alike_are_compared_where_a_layer_is_new_and_never_ag
 def test_a_layer_of_linen_is_compared_once_though_each_call_builds_it() -> None:
     for found in _found():
         assert found["linen"] == [[1, 1, f"layer 0, call {call}", 1] for call in range(1, 5)]
+
+
+def test_layers_inside_of_a_shard_map_are_compared_as_those_outside_of_one() -> None:
+    for found in _found():
+        assert found["inside"] == [None, [2, 2, "layer 1, call 1", 1]]
 
 
 def test_a_preflight_that_is_off_compares_nothing() -> None:

@@ -1,6 +1,8 @@
 """The StableHLO that JAX lowers for CUDA: what a machine without a GPU can say of the program that one compiles."""
 
 import re
+from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from moebius.core import MoEConfig, layout
 from moebius.jax_frontend import MoE, experts
+from moebius.jax_frontend.dispatch_allgather import AllGather
+from moebius.jax_frontend.dispatch_alltoall import AllToAll
+from moebius.jax_frontend.dispatch_ragged import RaggedAllToAll
 
 CONFIG = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=8, expert_bias=True)
 dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -109,3 +114,34 @@ def test_ragged_all_to_all_in_shard_map_lowers_for_cuda(gradient, check_vma):
     args = [array((32, 8), "bfloat16")] * 2 + [array((16,), "int32")] * 4
     taken = jax.grad(lambda *args: run(*args).sum().astype("float32")) if gradient else run
     assert len(re.findall(r"custom_call @ragged_all_to_all", lowered(taken, *args))) == 1
+
+
+# Collectives of output and all gradients: ids, weights and tokens go out and outputs home, and three gradients go back.
+COLLECTIVES = {
+    "AllGather": {"all_gather": 4, "all_to_all": 3},
+    "AllToAll": {"all_to_all": 7},
+    "RaggedAllToAll": {"custom_call @ragged_all_to_all": 7, "all_gather": 1},  # and how many there are
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_experts_over_devices_lower_for_cuda_to_the_collectives_of_their_dispatcher_alone(name):
+    mesh, parameters = AbstractMesh((4,), ("ep",), axis_types=(AxisType.Auto,)), layout.experts(CONFIG)
+    dispatcher = {"AllGather": AllGather, "AllToAll": AllToAll, "RaggedAllToAll": RaggedAllToAll}[name]("ep")
+    over = jax.shard_map(
+        partial(experts, config=CONFIG, backend="loop", dispatcher=dispatcher),
+        mesh=mesh,
+        in_specs=P("ep"),
+        out_specs=P("ep"),
+    )
+
+    def both(parameters, x, mask, weights, ids):
+        y, pull = jax.vjp(lambda p, x, w: over(p, x, mask, w, ids), parameters, x, weights)
+        return y, pull(jnp.ones_like(y))
+
+    own = {row.name: array(row.shape, "bfloat16") for row in parameters}
+    text = lowered(
+        both, own, array((12, 16), "bfloat16"), array((12,), "bool"), array((12, 2)), array((12, 2), "int32")
+    )
+    found = Counter(re.findall(r"custom_call @ragged_all_to_all|(?<=stablehlo\.)(?:all_\w+|reduce_scatter)", text))
+    assert found == COLLECTIVES[name] and "callback" not in text

@@ -75,9 +75,9 @@ from dataclasses import replace
 from flax import nnx
 from functools import partial
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from moebius.core import BackendConfig, MoEError
-from moebius.jax_frontend import (GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, MoE, linen, load_parameters,
-                                  parameters, shard_experts)
+from moebius.core import BackendConfig, MoEConfig, MoEError
+from moebius.jax_frontend import (GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, MoE, experts, linen,
+                                  load_parameters, parameters, shard_experts)
 
 def mesh_of(*sizes, names, kind=AxisType.Auto):
     return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
@@ -258,6 +258,10 @@ tight, poisoned = bounded(1, "count"), bounded(1, "poison")
 y = nnx.jit(lambda m: m(*tokens))(tight)
 facts["dropped"] = np.asarray(tight.dropped(*tokens[1::2])), int(tight.last_dropped[...]), np.asarray(y)
 facts["poisoned"] = np.isnan(np.asarray(poisoned(*tokens))).any(1), poisoned.last_dropped
+by_linen = linen.GroupedExperts(config, tight.backend, mesh=MESHES["one axis"])
+held = linen.load_parameters(jax.eval_shape(by_linen.init, jax.random.key(0), *tokens), p)
+y, sown = jax.jit(lambda held: by_linen.apply(held, *tokens, mutable=["routing_statistics"]))(held)
+facts["sown"] = int(sown["routing_statistics"]["last_dropped"]), np.asarray(y)
 facts["roomy"] = np.asarray(MODULES["alltoall"](config).dropped(*tokens[1::2]))
 
 elsewhere = GroupedExpertsDeepEP(config, backend(), **ZEROS)
@@ -289,6 +293,17 @@ facts["errors"] = {
     **{name: said(partial(made, GroupedExpertsDeepEP, config, "one axis", name)) for name in
        ("deepep", "uccl_ep", "hybridep", "local", "mok")},
 }
+
+# ---------------------------------------------------------------------------------------------- the README
+sizes = {"n_routed_experts": 8, "n_activated_experts": 2, "dim": 16, "moe_inter_dim": 8, "dtype": "float32"}
+names = {"config": MoEConfig(**sizes), "GroupedExperts": GroupedExperts, "jax": jax, "nnx": nnx, "P": P}
+names |= {"experts": experts, "partial": partial, "mesh": mesh_of(4, names=("ep",))}
+names |= {name: value[:8] for name, value in zip(("x", "mask", "weights", "ids"), tokens)}
+module_of, function_of = given["readme"]
+exec(module_of, names)
+by_module, names["parameters"] = names["y"], {name: value[...] for name, value in parameters(names["layer"]).items()}
+exec(function_of, names)
+facts["readme"] = (np.asarray(by_module), np.asarray(names["y"])), named(names["layer"]), names["config"]
 pickle.dump((found, facts), open(os.environ["FOUND"], "wb"))
 """
 
@@ -311,6 +326,15 @@ def layer():
     return values, x, dy, rng.random((2, 5)) < 0.2
 
 
+def readme():
+    """The README's lines on several devices: by a module, and by the function inside of a shard_map."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = [part.partition("```")[0] for part in text.split("```python\n")[1:] if "jax.shard_map(" in part]
+    by_module, found, by_function = block.partition("from moebius.jax_frontend.dispatch_alltoall")
+    assert found and "layer = " in by_module
+    return by_module, found + by_function
+
+
 @pytest.fixture(scope="session")
 def ran(run_alone, tmp_path_factory):
     """(what each case returned, facts)."""
@@ -319,7 +343,7 @@ def ran(run_alone, tmp_path_factory):
     for name, situation in CASES:
         p = problem(situation)
         experts[name, situation] = p.config, (p.parameters, p.x, p.token_mask, p.weights, p.ids, p.dy)
-    (folder / "cases").write_bytes(pickle.dumps({"experts": experts, "moe": (MOE, *layer())}))
+    (folder / "cases").write_bytes(pickle.dumps({"experts": experts, "moe": (MOE, *layer()), "readme": readme()}))
     places = {"CASES": str(folder / "cases"), "FOUND": str(folder / "found")}
     # Unoptimized it compiles in two thirds of the time.
     run_alone(CODE, XLA_FLAGS="--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0", **places)
@@ -472,6 +496,12 @@ def test_a_module_with_too_small_a_bound_counts_and_records_what_it_drops(facts)
     assert within(y[kept], exact["y"][kept], limits["y"]) and not np.isnan(y).any()
 
 
+def test_a_linen_module_with_too_small_a_bound_sows_what_it_drops(facts):
+    sown, y = facts["sown"]
+    assert sown == facts["dropped"][1] > 0
+    np.testing.assert_array_equal(y, facts["dropped"][2])
+
+
 def test_a_module_that_poisons_makes_what_it_drops_nan_and_records_nothing(facts):
     lost, recorded = facts["poisoned"]
     np.testing.assert_array_equal(lost, due_to_drop(1) > 0)
@@ -510,3 +540,16 @@ def test_what_a_mesh_cannot_do_is_refused_in_words(facts, name):
     found, text = facts["errors"][name]
     assert found == kind, text
     assert re.search(words, text) and re.search(f"do: .*{do}", text), text
+
+
+def test_the_lines_of_the_readme_run_and_agree_with_reference(facts):
+    outputs, values, config = facts["readme"]
+    p = problem("unused")
+    own = {name: getattr(p, name)[:8] for name in ("x", "token_mask", "weights", "ids", "dy")}
+    p = p.but(**own, parameters=values, config=config)
+    run = partial(reference_over_ranks, p, (2, 2, 2, 2))
+    exact = run(EXACT)
+    limit = bounds(run, exact, "float32")["y"]
+    assert np.abs(exact["y"]).max() > 0
+    for y in outputs:
+        assert within(y.astype(float), exact["y"], limit)

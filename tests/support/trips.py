@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,3 +37,16 @@ def said(call: Any) -> str:
     except MoEError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
+
+
+def waits(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What it returns, and how often the host waits for the device in it, as PyTorch sees it."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return result, sum("called a synchronizing" in str(warning.message) for warning in caught)

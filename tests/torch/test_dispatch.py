@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moebius.core import ConfigError, MoEError, ShapeError, Unsupported, reference
 from moebius.core.reference import Tokens
@@ -270,13 +271,33 @@ def test_alltoall_enters_the_same_collectives_on_every_rank_and_none_where_nobod
         assert backward == [["exchange"] * 3] * 2 + [[]] + [["exchange"] * 2]
 
 
-def _static() -> tuple[list[str], list[bool]]:
-    """Collectives of a forward and a backward pass with max_tokens, and whether the host looked at a value."""
+class _Reads(TorchDispatchMode):
+    """Notes what makes the host wait for a GPU: values, and sizes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        plain = torch.Tensor.tolist  # which asks no operator
+        torch.Tensor.tolist = lambda value: (self.found.append("tolist"), plain(value))[1]
+
+    def __torch_dispatch__(self, function, types, args=(), settings=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            getattr(value, "dtype", None) == torch.bool for value in (args[1] if isinstance(args[1], list) else ())
+        )
+        if name in self.NAMES or by_mask:
+            self.found.append(name)
+        return function(*args, **(settings or {}))
+
+
+def _read() -> list[tuple[list[str], list[str], list[str], bool]]:
+    """Of each of READING: collectives, what is read in a forward pass, and in its backward pass; what it declares."""
     from moebius.torch_frontend import dispatch_allgather, dispatch_ranks
-    from moebius.torch_frontend.dispatch_allgather import AllGather
+    from moebius.torch_frontend.dispatch import Options
 
     log: list[str] = []
-    looked: list[bool] = []
 
     def logged(function, name):
         def call(*args, **settings):
@@ -288,22 +309,79 @@ def _static() -> tuple[list[str], list[bool]]:
     gather = logged(dispatch_ranks.all_gather, "gather")
     dispatch_ranks.all_gather = dispatch_allgather.all_gather = gather
     dist.all_to_all_single = logged(dist.all_to_all_single, "exchange")
-    for name in ("tolist", "item", "__bool__", "__int__", "__index__"):
-        plain = getattr(torch.Tensor, name)
-        setattr(torch.Tensor, name, lambda self, plain=plain: (looked.append(True), plain(self))[1])
-    t = 3 if dist.get_rank() else 0
-    x, weights = torch.ones(t, D, requires_grad=True), torch.ones(t, K, requires_grad=True)
-    dispatcher = AllGather(None, None, max_tokens=4)
-    sent, state = dispatcher.dispatch(x, weights, torch.zeros(t, K, dtype=torch.int64), torch.ones(t, dtype=bool), E)
-    y = dispatcher.combine(sent.x_SD * sent.weights_SK.sum(1, keepdim=True), state)
-    y.sum().backward()
-    assert sent.x_SD.shape == (8, D) and y.shape == (t, D)
-    return log, looked
+    t, found, reads = 3 if dist.get_rank() else 0, [], _Reads()
+    for name, max_tokens in READING:
+        x, weights = torch.ones(t, D, requires_grad=True), torch.ones(t, K, requires_grad=True)
+        ids, mask = torch.zeros(t, K, dtype=torch.int64), torch.ones(t, dtype=torch.bool)
+        options = Options(D, E, K, max_tokens=max_tokens)
+        dispatcher = DISPATCHERS.implementation(DISPATCHERS[name])(dist.group.WORLD, None, options)
+        with reads:
+            sent, state = dispatcher.dispatch(x, weights, ids, mask, E)
+            y = dispatcher.combine(sent.x_SD * sent.weights_SK.sum(1, keepdim=True), state)
+            forward = reads.found[:]
+            reads.found.clear()
+            y.sum().backward()
+        assert y.shape == (t, D) and (max_tokens is None or sent.x_SD.shape == (2 * max_tokens, D))
+        found.append((log[:], forward, reads.found[:], dispatcher.reads_host))
+        log.clear()
+        reads.found.clear()
+    return found
 
 
-def test_all_gather_of_at_most_so_many_tokens_reads_nothing_on_the_host() -> None:
-    for log, looked in ranks.run(_static, 2):
-        assert log == ["gather", "gather", "exchange", "gather", "exchange", "exchange"] and not looked
+# Dispatcher and its max_tokens.
+READING = [("alltoall", None), ("allgather", None), ("allgather", 4)]
+
+
+@cache
+def _readings() -> list[list[tuple[list[str], list[str], list[str], bool]]]:
+    return ranks.run(_read, 2)
+
+
+def test_dispatchers_read_on_the_host_once_in_a_forward_pass_or_never_as_they_declare() -> None:
+    for readings in _readings():
+        assert [(forward, backward, declared) for _, forward, backward, declared in readings] == [
+            (["tolist"], [], True),
+            (["tolist"], [], True),
+            ([], [], False),
+        ]
+
+
+def test_all_gather_of_at_most_so_many_tokens_enters_no_collective_to_count_them() -> None:
+    for *_, (log, *_) in _readings():
+        assert log == ["gather", "gather", "exchange", "gather", "exchange", "exchange"]
+
+
+def _interleaved(lengths: tuple[int, ...]) -> list[bool]:
+    """Two layers that differ in D, E and K, both dispatched before one is combined: each as alone."""
+    rank, found = dist.get_rank(), []
+    for kind in KINDS:
+        layers = [_dispatcher(kind), _dispatcher(kind)]
+
+        def drawn(number: int) -> tuple[torch.Tensor, ...]:
+            generator, t, k = torch.Generator().manual_seed(10 * rank + number), lengths[rank], K + number
+            x, weights = torch.randn(t, D + number, generator=generator), torch.rand(t, k, generator=generator)
+            ids = torch.randint(0, E * (1 + number), (t, k), generator=generator)
+            return x.requires_grad_(), weights.requires_grad_(), ids, torch.ones(t, dtype=torch.bool)
+
+        def results(numbers: list[int], drawn=drawn, layers=layers) -> list[torch.Tensor]:
+            own = [drawn(number) for number in numbers]
+            away = [layers[n].dispatch(*one, E * (1 + n)) for n, one in zip(numbers, own, strict=True)]
+            outputs = [
+                layers[n].combine((2 + n) * sent.x_SD * sent.weights_SK.sum(1, keepdim=True), state)
+                for n, (sent, state) in zip(numbers, away, strict=True)
+            ]
+            for y in outputs:  # in the order of the forward passes
+                y.square().sum().backward()
+            return [v for y, (x, weights, *_) in zip(outputs, own, strict=True) for v in (y, x.grad, weights.grad)]
+
+        alone = [*results([0]), *results([1])]
+        found += [torch.equal(a, b) for a, b in zip(alone, results([0, 1]), strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("lengths", [(3, 2), (4, 1, 0, 3)], ids=str)
+def test_two_layers_that_differ_under_way_at_once_over_ranks_are_each_as_alone(lengths: tuple[int, ...]) -> None:
+    assert ranks.run(_interleaved, len(lengths), lengths) == [[True] * 12] * len(lengths)
 
 
 def _too_many() -> str:

@@ -13,11 +13,15 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from sides import Problem as Experts
+from sides import cached_problem, reference_over_ranks
 from torch import Tensor
 from trips import D, E, K, said, there_and_back, tokens
 
+from moebius.core import BackendConfig
 from moebius.core.errors import BackendUnavailable, Unsupported
 from moebius.core.registry import Problem
+from moebius.core.tolerance import bounds, within
 from moebius.torch_frontend import dispatch_te
 from moebius.torch_frontend.dispatch import DISPATCHERS, Options
 from moebius.torch_frontend.dispatch_choice import agreed, candidates
@@ -161,6 +165,55 @@ def _some_need_no_gradient() -> bool:
     return all(found)
 
 
+def _layer() -> dict[str, Any]:
+    """An MoE whose experts lie over the ranks, forward and backward: what its experts were handed and gave back."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from moebius.torch_frontend import MoE, load_parameters, shard_experts
+
+    p = _drawn()
+    layer = MoE(p.config, BackendConfig(experts="loop", dispatcher="te", dispatcher_max_tokens=4))
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(v.shape, generator=generator) / 4 for name, v in layer.named_parameters()}
+    drawn |= {f"experts.{name}": torch.from_numpy(value) for name, value in p.parameters.items()}
+    load_parameters(layer, drawn)
+    shard_experts(layer.experts, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))
+    kept: dict[str, Any] = {}
+
+    def before(_: Any, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, mask, weights, ids = own
+        kept.update(x=x.clone(), weights=weights.clone(), mask=mask, ids=ids)  # whose gradients are the experts' alone
+        kept["x"].retain_grad()
+        kept["weights"].retain_grad()
+        return kept["x"], mask, kept["weights"], ids
+
+    layer.experts.register_forward_pre_hook(before)
+    layer.experts.register_forward_hook(lambda _, own, y: (kept.update(y=y), y.retain_grad())[0])
+    layer.shared_experts.register_forward_hook(lambda _, own, shared: kept.update(shared=shared))
+    x = torch.randn(4 - rank, D, generator=torch.Generator().manual_seed(rank + 1)).bfloat16().requires_grad_()
+    padding = torch.arange(4 - rank) == 1
+    _calls()
+    y = layer(x, padding)
+    calls = _calls()
+    y.square().sum().backward()
+    found = {
+        "calls": (calls, _calls()),
+        "whole": torch.equal(y.detach(), kept["y"].detach() + kept["shared"].detach()),
+        "router": bool(layer.gate.weight.grad.isfinite().all() and layer.gate.weight.grad.abs().max() > 0),
+        "given": {name: kept[name].detach() for name in ("x", "mask", "weights", "ids")} | {"dy": kept["y"].grad},
+        "back": {"y": kept["y"].detach(), "dx": kept["x"].grad, "dweights": kept["weights"].grad}
+        | {name: value.grad.to_local() for name, value in layer.experts.named_parameters()},
+    }
+    layer.experts.close()
+    return found
+
+
+def _drawn() -> Experts:
+    """Experts of a layer with shared ones; their tokens are those that the gate sends."""
+    own = {"n_shared_experts": 1, "router_weights_fp32": True, "expert_bias": True, "expert_activation": "geglu"}
+    return cached_problem(tokens=7, dim=D, n_experts=E, k=K, dtype="bfloat16", seed=3, **own)
+
+
 def _bites() -> dict[str, bool]:
     """Whether the stand-in refuses what the library would: each call is wrong in one way; it sends nothing."""
     from fakes.transformer_engine_ep import EpBuffer, ep_bootstrap, ep_combine, ep_dispatch, ep_finalize
@@ -228,7 +281,7 @@ def _facts() -> dict[str, Any]:
     from fakes import transformer_engine_ep
 
     transformer_engine_ep.ready()
-    facts = (_choice, _once, _by_others, _refusals, _interleaved, _some_need_no_gradient, _bites)
+    facts = (_choice, _once, _by_others, _refusals, _interleaved, _some_need_no_gradient, _layer, _bites)
     return {fact.__name__: fact() for fact in facts}
 
 
@@ -305,6 +358,23 @@ def test_two_layers_under_way_at_once_are_each_as_alone() -> None:
 
 def test_rank_whose_tensors_need_no_gradient_takes_part_in_backward() -> None:
     assert _of("_some_need_no_gradient") == [True, True]
+
+
+def test_moe_over_ranks_by_te_agrees_with_reference_and_trains_its_router() -> None:
+    ranks_ = _of("_layer")
+    out, home = BOTH_WAYS
+    for found in ranks_:
+        assert found["calls"] == (["ep_bootstrap", *out], home) and found["whole"] and found["router"]
+    given = {n: torch.cat([found["given"][n] for found in ranks_]) for n in ranks_[0]["given"]}
+    given = {n: (value.double() if value.is_floating_point() else value).numpy() for n, value in given.items()}
+    p = _drawn().but(token_mask=given.pop("mask"), **given)
+    assert not p.token_mask.all()
+    exact = reference_over_ranks(p, (4, 3))
+    limits = bounds(lambda arithmetic: reference_over_ranks(p, (4, 3), arithmetic), exact, "bfloat16")
+    assert exact.keys() == ranks_[0]["back"].keys()
+    for name, wanted in exact.items():
+        value = torch.cat([found["back"][name] for found in ranks_]).double().numpy()
+        assert within(value, wanted, limits[name]), name
 
 
 def test_stand_in_refuses_what_the_library_does() -> None:
