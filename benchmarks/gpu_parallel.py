@@ -135,6 +135,8 @@ def bars(figures: Figures) -> Iterator[Bar]:
 def _of_best(shape: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[Bar]:
     """PyTorch's alltoall against its best dispatcher."""
     ours = {name: communication(found) for name, found in there.items() if ROWS[name].kind == "torch"}
+    if any(ms is not None and ms <= 0 for ms in ours.values()):
+        return  # less than the noise of the two times that it is the difference of
     ratio = over(ours.get("alltoall"), min(filter(None, ours.values()), default=None))
     if ratio is not None and shape["k"] in NEAR_BEST:
         yield Bar(name=f"{shape['name']}, alltoall / best", found=ratio, limit=NEAR_BEST[shape["k"]])
@@ -153,7 +155,7 @@ def _of_rate(figures: Figures, key: str, there: Mapping[str, Any]) -> Iterator[B
 def _of_scaling(key: str, shape: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[Bar]:
     """T tokens on each rank against those of all ranks on one GPU, by the fastest of PyTorch."""
     ms = [found[LAYER]["ms"] for name, found in there.items() if ROWS[name].kind == "torch"]
-    if ms and shape.get("alone") and key in SCALING:
+    if ms and shape.get("alone") and key in SCALING and shape["ranks"] == 2:  # of two are the bars
         name = f"{shape['name']}, {shape['ranks']} ranks / one GPU"
         yield Bar(name=name, found=shape["alone"]["ms"] / min(ms), limit=SCALING[key], least=True)
 

@@ -61,9 +61,12 @@ def suites(folder: Path | None = None) -> dict[str, list[Figures]]:
 
 
 def reached(figures: Figures) -> Figures:
-    """Without the shapes in which no row was timed in every round; "not_reached": their names."""
-    whole = [r for r in figures["results"] if "reason" not in r]
+    """Without the shapes of which no row was timed in every round, one for want of time; "not_reached": their names."""
+    results = figures["results"]
+    late = {r["shape"] for r in results if r.get("reason", "").startswith("TimeoutError")}
+    whole = [r for r in results if "reason" not in r]
     timed = {r["shape"] for r in whole if any(isinstance(value, dict) and "ms" in value for value in r.values())}
+    timed |= {key for key in figures["shapes"] if key not in late}
     names = [key for key in figures["shapes"] if key not in timed]
     kept = {key: [r for r in figures[key] if r["shape"] in timed] for key in ("results", "skew")}
     return {

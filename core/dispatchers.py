@@ -32,6 +32,18 @@ def share(ranks: int, k: int) -> float:
     return float(1 - (1 - 1 / ranks) ** k)
 
 
+def routed_share(arrives: str, ranks: int, k: int) -> float:
+    """Of the slots that a dispatcher hands over, those that are routes of the experts held there, under even routing.
+
+    Args:
+        arrives: "tokens" of all ranks, those "wanted" (with a route there), or "routes" alone.
+
+    >>> routed_share("tokens", 8, 8), round(routed_share("wanted", 8, 8), 3), routed_share("routes", 8, 8)
+    (0.125, 0.19, 1.0)
+    """
+    return {"tokens": 1 / ranks, "wanted": 1 / ranks / share(ranks, max(k, 1)), "routes": 1.0}[arrives]
+
+
 def order(ranks: int, k: int, *, available: Sequence[str]) -> tuple[Choice, ...]:
     """The dispatchers to try, the best first.
 

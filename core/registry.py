@@ -124,22 +124,26 @@ def _absent(package: str) -> bool:
     return find_spec(package) is None
 
 
-def of_layer(backend: str | None, config: MoEConfig) -> str:
+def of_layer(backend: str | None, config: MoEConfig, share: float = 1.0) -> str:
     """A name for one product of the experts of `config`: `backend`, or for None what is chosen for them all.
 
     So it can be chosen where the rows are known; see `layer_of`.
+
+    Args:
+        share: of the slots that come, those that are routes of the experts held here; see dispatchers.routed_share.
     """
     c = config
-    sizes = c.n_routed_experts, c.expert_dim, c.moe_inter_dim, c.activation.up_width(c.moe_inter_dim)
-    return backend or _LAYER + ",".join(map(str, sizes))
+    told = share, c.expert_dim, c.moe_inter_dim, c.activation.up_width(c.moe_inter_dim)
+    return backend or _LAYER + ",".join(map(str, told))
 
 
-def layer_of(backend: str | None) -> tuple[int, int, int, int] | None:
-    """(E, D, I, U) of a layer where `of_layer` made the name, else None."""
+def layer_of(backend: str | None) -> tuple[float, int, int, int] | None:
+    """(share, D, I, U) of a layer where `of_layer` made the name, else None."""
     if backend is None or not backend.startswith(_LAYER):
         return None
-    n_experts, dim, inter_dim, width = map(int, backend.removeprefix(_LAYER).split(","))
-    return n_experts, dim, inter_dim, width
+    share, *widths = backend.removeprefix(_LAYER).split(",")
+    dim, inter_dim, width = map(int, widths)
+    return float(share), dim, inter_dim, width
 
 
 def sizes(
@@ -149,12 +153,12 @@ def sizes(
 
     Args:
         backend: a name, None, or what `of_layer` made. weight_shape: of a product or, with `down_shape`, of the up
-            projection. n_rows: of all slots that came, of which some are routes of experts held elsewhere.
+            projection. n_rows: of all slots that came, of which some may be no routes of experts held here.
     """
     layer = layer_of(backend)
     if layer is not None:
-        (n_experts, *widths), held = layer, weight_shape[0]
-        return None, (held, *widths), None if n_rows is None else n_rows * held // max(n_experts, 1)
+        share, *widths = layer
+        return None, (weight_shape[0], *widths), None if n_rows is None else round(n_rows * share)
     if down_shape is not None:
         return backend, (*weight_shape[:2], down_shape[1], weight_shape[2]), n_rows
     return backend, tuple(weight_shape), n_rows

@@ -9,6 +9,7 @@ from jax import Array
 
 from moebius.core import checks, layout
 from moebius.core.config import REMATS, MoEConfig
+from moebius.core.dispatchers import routed_share
 from moebius.core.errors import ConfigError
 from moebius.core.registry import of_layer
 from moebius.core.stages import Tap, untapped
@@ -100,6 +101,8 @@ def experts(
 
     sent, dispatched = dispatcher.dispatch(x, weights, indices, token_mask, config.n_routed_experts)
     partial = dispatcher.ranks > 1
+    arrives = getattr(dispatcher, "arrives", "tokens")  # a user's own may not say it
+    backend = of_layer(backend, config, routed_share(arrives, dispatcher.ranks, weights.shape[1]))
     if activation is None and not double_backward and tap is untapped and permute_backend is None:
         y_SD = lean(p, sent, config, backend, partial, remat)
     else:

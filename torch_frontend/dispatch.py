@@ -66,6 +66,7 @@ class Local:
 
     ranks = 1
     rank = 0
+    reads_host = False
 
     def dispatch(
         self,

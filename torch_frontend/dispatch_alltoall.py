@@ -41,6 +41,8 @@ class AllToAll(OverRanks):
     backward. Args, Raises: see OverRanks.
     """
 
+    arrives = "wanted"
+
     def layout(self, note: Note, ids_TK: Int[Tensor, "T K"], e: int) -> tuple[Slots, tuple[bool, bool]]:
         """See OverRanks."""
         ranks_n = torch.arange(self.ranks, dtype=torch.int32, device=ids_TK.device)

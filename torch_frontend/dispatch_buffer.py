@@ -54,6 +54,7 @@ class OverBuffer(OverRanks):
     """
 
     name = ""
+    arrives = "wanted"
     takes = WIRE
 
     def __init__(self, group: Any, combine_dtype: str | None, options: Options):

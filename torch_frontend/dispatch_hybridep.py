@@ -35,6 +35,7 @@ class HybridEP(OverLongest):
     """
 
     name = "hybridep"
+    arrives = "routes"
     step = 64
     pads = True
 

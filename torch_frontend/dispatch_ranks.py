@@ -92,7 +92,7 @@ class OverRanks:
 
     Attributes:
         layer: what errors call the layer whose forward pass began last; None before the first.
-        takes: the one dtype of its tokens; None for any.
+        takes: the one dtype of its tokens; None for any. arrives: see core.dispatchers.routed_share.
 
     Raises:
         ConfigError: there is no such group, or this process is not in it.
@@ -100,6 +100,7 @@ class OverRanks:
 
     layer: Layer | None = None
     takes: torch.dtype | None = None
+    arrives = "tokens"
 
     def __init__(self, group: Any = None, combine_dtype: str | None = None):
         if not dist.is_initialized():
@@ -116,7 +117,7 @@ class OverRanks:
 
     @property
     def reads_host(self) -> bool:
-        """Whether a forward pass reads on the host, once; a backward pass never does."""
+        """Whether a forward pass reads on the host: "allgather" and "alltoall" once. A backward pass never does."""
         return True
 
     @not_compiled

@@ -72,6 +72,7 @@ class TE(OverBuffer):
     """
 
     name = "te"
+    arrives = "tokens"  # and room for all of their routes
 
     def __init__(self, group: Any, combine_dtype: str | None, options: Options, *, module: Any):
         self.module = module
@@ -95,7 +96,8 @@ class TE(OverBuffer):
         words = f"D={own.dim}, E={own.n_experts}, K={own.k}, {tokens} tokens, {own.num_sms} SMs, {self.ranks} ranks"
         if self.module.is_ep_bootstrapped():
             made = "by others than moebius" if Bootstrapped.now is None else f"for {Bootstrapped.now.words}"
-            do = "name 'alltoall' for one of them, build the largest dispatcher_max_tokens first, or close the others"
+            made += ", over another process group" if made == f"for {words}" else ""
+            do = "name 'alltoall' for one of them; or build the largest dispatcher_max_tokens first, all over one mesh"
             raise Unsupported(f"dispatch backend 'te' for {words}", f"it was made {made}, once for this process", do)
         # A rank may get all routes of all tokens.
         rows = self.ranks * tokens * own.k

@@ -46,7 +46,7 @@ def _play(launch: Launch, device: int, arguments: tuple[Any, ...]) -> None:
             given.append(argument)
         else:
             address = argument.data_ptr()
-            kinds += argument.dtype, address % 16
+            kinds += argument.dtype, address % 16, argument.is_cuda  # of the CPU's Triton's own way says what is wrong
             given.append(address)
     key = tuple(kinds)
     found = _compiled.get(key)

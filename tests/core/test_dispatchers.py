@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moebius.core.config import DISPATCHERS
-from moebius.core.dispatchers import order, share
+from moebius.core.dispatchers import order, routed_share, share
 
 ALL = ("local", "allgather", "alltoall", "ragged_all_to_all", "deepep", "te")
 
@@ -47,3 +47,15 @@ def test_order_says_why_with_the_share_of_tokens() -> None:
 def test_share_is_that_of_independent_draws(ranks: int, k: int) -> None:
     drawn = np.random.default_rng(0).integers(0, ranks, (20000, k))
     assert abs((drawn == 0).any(1).mean() - share(ranks, k)) < 0.015
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_routed_share_is_what_even_routing_gives(ranks):
+    tokens, n_experts, k = 4096, 128, 8
+    rng = np.random.default_rng(0)
+    ids_TK = np.argsort(rng.random((tokens, n_experts)), axis=1)[:, :k]
+    here_TK = ids_TK < n_experts // ranks
+    routes, wanted = here_TK.sum(), here_TK.any(1).sum()
+    found = {"tokens": tokens * k, "wanted": wanted * k, "routes": routes}
+    for arrives, slots in found.items():
+        assert slots * routed_share(arrives, ranks, k) == pytest.approx(routes, rel=0.1)

@@ -259,8 +259,8 @@ def test_choose_for_a_layer_asks_for_both_products():
 def test_of_layer_keeps_a_name_and_for_none_the_widths(activation, width):
     config = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=16, moe_inter_dim=4, expert_activation=activation)
     assert of_layer("loop", config) == "loop" and layer_of("loop") is None and layer_of(None) is None
-    assert layer_of(of_layer(None, config)) == (4, 16, 4, width)
+    assert layer_of(of_layer(None, config)) == (1, 16, 4, width)
     up, down = (2, 16, width), (2, 4, 16)  # of 2 of the 4 experts
-    assert sizes(of_layer(None, config), down, None, 100) == (None, (2, 16, 4, width), 50)
+    assert sizes(of_layer(None, config, 0.5), down, None, 100) == (None, (2, 16, 4, width), 50)
     assert sizes("loop", up, down, 100) == ("loop", (2, 16, 4, width), 100)
     assert sizes(None, up, None, None) == (None, up, None)

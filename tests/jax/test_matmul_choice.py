@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 from flax import nnx
 
 from moebius.core import BackendConfig, MoEConfig, measured, registry
+from moebius.core.dispatchers import routed_share
 from moebius.core.registry import of_layer
 from moebius.jax_frontend import GroupedExperts, experts, lean, matmul
 from moebius.jax_frontend.matmul import choose
@@ -128,6 +128,6 @@ def test_default_that_xla_cannot_split_is_taken_on_one_device_and_inside_of_shar
 
 
 def test_default_of_some_experts_goes_by_the_routes_that_they_get(hopper):
-    told = of_layer(None, replace(CONFIG, n_routed_experts=512))  # 128 ranks: all slots of all tokens come
+    told = of_layer(None, CONFIG, routed_share("tokens", 128, 2))
     assert choose(of_layer(None, CONFIG), rows(), UP, DOWN, 512).name == "triton"
     assert choose(told, rows(), UP, DOWN, 512).name == "tokamax"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moebius.core import BackendConfig, BackendUnavailable, MoEConfig, measured
+from moebius.core.dispatchers import routed_share
 from moebius.core.registry import of_layer
 from moebius.torch_frontend import GroupedExperts, experts, grouped_matmul, matmul
 from moebius.torch_frontend.matmul import Kernels, choose
@@ -140,7 +140,7 @@ def test_backend_name_is_the_choice_for_many_tokens_where_the_parameters_are(hop
 
 
 def test_default_of_some_experts_goes_by_the_routes_that_they_get(hopper) -> None:
-    told = of_layer(None, replace(CONFIG, n_routed_experts=512))  # 128 ranks: all slots of all tokens come
+    told = of_layer(None, CONFIG, routed_share("tokens", 128, 2))
     assert choose(of_layer(None, CONFIG), rows(), UP, DOWN, 512).name == "triton"
     assert choose(told, rows(), UP, DOWN, 512).name == "grouped_mm"
 

@@ -95,6 +95,15 @@ def test_run_of_arguments_that_triton_tells_apart_goes_its_way_again(kernel: Ker
     assert len(kernel.first) == 2 and not kernel.later
 
 
+def test_run_with_an_operand_of_another_kind_of_device_goes_tritons_way_which_refuses_it(kernel: Kernel) -> None:
+    class OnCuda(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    play.run(launch(), ROWS, 4, OUT)
+    play.run(launch(), ROWS, 4, OUT.as_subclass(OnCuda))
+    assert len(kernel.first) == 2 and not kernel.later
+
+
 def test_run_of_another_code_goes_tritons_way_again(kernel: Kernel) -> None:
     play.run(launch(), ROWS, 4, OUT)
     play.run(launch(deep=32), ROWS, 4, OUT)
