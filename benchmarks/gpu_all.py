@@ -1,9 +1,9 @@
 """Both frontends' experts and every peer of either on one NVIDIA GPU, in one process and one run, in bfloat16.
 
 The rows of gpu_experts and of gpu_flax, timed as gpu_flax times: groups of calls by the host's clock, in short rounds,
-every second one backwards. The forward pass is y alone; both passes give y and the gradients of x, routing weights and
-all experts for a given dy, in JAX as one compiled program. Some rows are timed with Zipf routing too. Ceilings are
-measured before the first shape and after the last.
+in pairs of an order of their own. The forward pass is y alone; both passes give y and the gradients of x, routing
+weights and all experts for a given dy, in JAX as one compiled program. Some rows are timed with Zipf routing too.
+Ceilings are measured before the first shape and after the last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PyTorch experts on one NVIDIA GPU: moebius's backends against its peers, in one process and one run, in bfloat16.
 
 Four models' shapes, softmax routing of random logits, no bias, SwiGLU, gradients of x, routing weights and all experts.
-Medians of triton.testing.do_bench in rounds, every candidate in each round, every second round backwards. TFLOP/s count
+Medians of triton.testing.do_bench in rounds, every candidate in each, in pairs of orders of their own. TFLOP/s count
 6 T K D I in the forward pass and three times that with backward. The limits: the same products at the rate of a large
 matrix product, and a chain of fused kernels at that rate or a large copy's, both measured before and after.
 """

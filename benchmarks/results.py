@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import results_files, results_plots
+from benchmarks.gpu_problem import SHAPES
 from benchmarks.gpu_tables import Figures
 
 HERE = Path(__file__).parent
@@ -80,6 +81,11 @@ def _left_out(figures: Figures) -> Iterator[str]:
     absent = [row.title for name, row in rows.items() if name not in figures["rows"]]
     if absent:
         yield f"Rows not asked for: {'; '.join(absent)}."
+    if set(figures["shapes"]) <= set(SHAPES):
+        known = {*figures["shapes"], *figures["not_reached"]}
+        elsewhere = [key for key in figures["options"]["shapes"] or SHAPES if key not in known]
+        if elsewhere:
+            yield f"Shapes of this run that are not kept: {', '.join(elsewhere)}."
     if figures["not_reached"]:
         yield f"Shapes not reached in the run's time: {', '.join(figures['not_reached'])}."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,19 @@ def suites(folder: Path | None = None) -> dict[str, list[Figures]]:
 
 
 def reached(figures: Figures) -> Figures:
-    """Without the shapes of which no row was timed in every round, one for want of time; "not_reached": their names."""
-    results = figures["results"]
+    """Without the shapes of which no row was timed in every round, one for want of time; "not_reached": their names.
+
+    A row is of the kind that its suite says now, which decides what enters the ratios.
+    """
+    rows = import_module(f"benchmarks.{figures['options']['suite']}").ROWS
+    results = [r | {"kind": rows[r["row"]].kind} if r["row"] in rows else r for r in figures["results"]]
     late = {r["shape"] for r in results if r.get("reason", "").startswith("TimeoutError")}
     whole = [r for r in results if "reason" not in r]
     timed = {r["shape"] for r in whole if any(isinstance(value, dict) and "ms" in value for value in r.values())}
     timed |= {key for key in figures["shapes"] if key not in late}
     names = [key for key in figures["shapes"] if key not in timed]
-    kept = {key: [r for r in figures[key] if r["shape"] in timed] for key in ("results", "skew")}
+    kept = {"results": [r for r in results if r["shape"] in timed]}
+    kept["skew"] = [r for r in figures["skew"] if r["shape"] in timed]
     return {
         **figures,
         **kept,

@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu") if os.environ.get("CUDA_VISIBLE_DE
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:
-    pass
+    pass  # core's suite alone may run without it: there is no profile to set
 else:
     # deadline: a first example compiles. derandomize: a failure is everybody's failure.
     settings.register_profile("moebius", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -136,13 +136,10 @@ class OverBuffer(OverRanks):
         n_experts: int,
     ) -> Begun:
         """The first half of `dispatch`: tokens set off, nothing is waited for on the device. See there."""
-        self._check(x_TD, weights_TK, n_experts)
-        at, (tokens, k) = self.position(), ids_TK.shape
-        generation, rows = self.prepare(x_TD, weights_TK, n_experts)
-        trip = Trip(self, at, generation, tokens, rows, n_experts, held(n_experts, self.ranks), k)
-        ids_TK = _padded(routed(ids_TK, token_mask_T, n_experts, -1), rows, -1)
-        weights_TK = _padded(promoted(weights_TK, x_TD.dtype), rows, 0)
-        return Begun(trip, *set_off(trip, _padded(x_TD, rows, 0), *self.routes(trip, weights_TK, ids_TK)))
+        trip = self._trip(x_TD, weights_TK, n_experts)
+        ids_TK = _padded(routed(ids_TK, token_mask_T, n_experts, -1), trip.rows, -1)
+        weights_TK = _padded(promoted(weights_TK, x_TD.dtype), trip.rows, 0)
+        return Begun(trip, *set_off(trip, _padded(x_TD, trip.rows, 0), *self.routes(trip, weights_TK, ids_TK)))
 
     @not_compiled
     def end(self, begun: Begun) -> tuple[Sent, Trip]:
@@ -184,6 +181,13 @@ class OverBuffer(OverRanks):
             ranks=self.ranks,
         )
         limits.require(self.name, problem, options, self.combine_dtype)
+
+    def _trip(self, x_TD: Tensor, weights_TK: Tensor, n_experts: int) -> Trip:
+        """Of a call that begins now, with a buffer that is large enough for it."""
+        self._check(x_TD, weights_TK, n_experts)
+        at, (tokens, k) = self.position(), weights_TK.shape
+        generation, rows = self.prepare(x_TD, weights_TK, n_experts)
+        return Trip(self, at, generation, tokens, rows, n_experts, held(n_experts, self.ranks), k)
 
     def _check(self, x_TD: Tensor, weights_TK: Tensor, n_experts: int) -> None:
         asked = f"dispatch backend {self.name!r} of tokens {list(x_TD.shape)}"

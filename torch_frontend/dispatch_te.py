@@ -29,7 +29,6 @@ from moebius.torch_frontend.dispatch_ranks import not_compiled
 from moebius.torch_frontend.dispatch_trip import Trip
 from moebius.torch_frontend.dtypes import promoted
 from moebius.torch_frontend.liveness import collective, peers
-from moebius.torch_frontend.sharding import held
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -122,21 +121,18 @@ class TE(OverBuffer):
         n_experts: int,
     ) -> Begun:
         """All of `dispatch` but what `end` makes of it: the library's tensors are there for the current stream."""
-        self._check(x_TD, weights_TK, n_experts)
-        at, (tokens, k) = self.position(), ids_TK.shape
-        generation, rows = self.prepare(x_TD, weights_TK, n_experts)
-        trip = Trip(self, at, generation, tokens, rows, n_experts, held(n_experts, self.ranks), k)
+        trip = self._trip(x_TD, weights_TK, n_experts)
         ids_TK = routed(ids_TK, token_mask_T, n_experts, -1)
         weights_TK, ids_TK = once_each(promoted(weights_TK, x_TD.dtype), ids_TK)
         # Of what goes nowhere the library's gradient may be unwritten; the adjoint of this makes it 0.
         x_TD = torch.where((ids_TK >= 0).any(1, keepdim=True), x_TD, 0)
-        ids_TK = _rows(ids_TK, rows, -1).to(torch.int64)
+        ids_TK = _rows(ids_TK, trip.rows, -1).to(torch.int64)
         away = _Away.apply(
             trip,
             self._handle(trip, x_TD.device),
             ids_TK,
-            _anchored(_rows(x_TD, rows, 0)),
-            _anchored(_rows(weights_TK, rows, 0)),
+            _anchored(_rows(x_TD, trip.rows, 0)),
+            _anchored(_rows(weights_TK, trip.rows, 0)),
         )
         return Begun(trip, *away)
 
