@@ -1,8 +1,8 @@
 """The measured figures as one document: RESULTS.md and its plots, made anew from the JSON files that are kept.
 
 `python -m benchmarks results FILE.json ...` keeps the figures of these runs under benchmarks/figures/, small and under
-the files' own names, then writes RESULTS.md and plots/ from everything there. A suite that ran in parts, each with
-other shapes, is one set of tables. Without files it only writes.
+the files' own names, then writes RESULTS.md and plots/ from everything there. A suite that ran in several files,
+each with other shapes, is one set of tables. Without files it only writes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from benchmarks.gpu_problem import SHAPES
 from benchmarks.gpu_tables import Figures
 
 HERE = Path(__file__).parent
-# In the order of the document: suite -> title.
+# In the order of the document: part -> title. A part is a suite, or a run of it that is shown apart.
 TITLES = {
     "gpu_all": "Both frontends and their peers",
+    "gpu_all_beside_sonic": "Beside SonicMoE, which needs minutes to compile",
     "gpu_few": "Few tokens",
     "gpu_gptoss": "GPT-OSS' own layer",
     "gpu_growth": "Growth",
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="figures of runs, as --json wrote them")
     for path in parser.parse_args(arguments).files:
         print(f"kept {results_files.store(path, TITLES).name}")
-    kept = results_files.suites()
-    drawn = results_plots.draw({suite: results_files.joined(runs) for suite, runs in kept.items()}, HERE / "plots")
+    kept = results_files.parts()
+    drawn = results_plots.draw({part: results_files.joined(runs) for part, runs in kept.items()}, HERE / "plots")
     (HERE / "RESULTS.md").write_text(document(kept, drawn))
     print(f"wrote benchmarks/RESULTS.md and {len(drawn)} plots")
     return 0
@@ -49,17 +50,18 @@ def document(kept: Mapping[str, Sequence[Figures]], drawn: Mapping[str, str]) ->
     """RESULTS.md.
 
     Args:
-        kept: suite -> its runs. drawn: a plot's file name -> its title, as results_plots.draw returns them.
+        kept: part -> its runs. drawn: a plot's file name -> its title, as results_plots.draw returns them.
     """
-    parts = [HEAD.rstrip()]
-    for suite, title in TITLES.items():
-        if suite in kept:
-            tables = import_module(f"benchmarks.{suite}").tables(results_files.joined(kept[suite]))
-            plots = [f"![{words}](plots/{name})" for name, words in drawn.items() if name.startswith(f"{suite}_")]
-            parts += [f"## {title}", *(_run(run) for run in kept[suite]), tables, *plots]
-    if len(parts) == 1:
-        parts.append("Nothing is kept yet.")
-    return "\n\n".join(parts) + "\n"
+    written = [HEAD.rstrip()]
+    for part, title in TITLES.items():
+        if part in kept:
+            figures = results_files.joined(kept[part])
+            tables = import_module(f"benchmarks.{figures['options']['suite']}").tables(figures)
+            plots = [f"![{words}](plots/{name})" for name, words in drawn.items() if name.startswith(f"{part}_")]
+            written += [f"## {title}", *(_run(run) for run in kept[part]), tables, *plots]
+    if len(written) == 1:
+        written.append("Nothing is kept yet.")
+    return "\n\n".join(written) + "\n"
 
 
 def _run(figures: Figures) -> str:

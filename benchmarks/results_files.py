@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,13 +22,14 @@ def store(path: Path, known: Container[str], folder: Path | None = None) -> Path
     """Keep a run's figures, small, under the file's own name; where they are kept.
 
     Raises:
-        ValueError: they are of no suite in `known`.
+        ValueError: they are of no suite in `known`, or the file's name is no part there; see `parts`.
     """
     figures, folder = small(json.loads(path.read_text())), folder or FOLDER
-    if figures["options"].get("suite") not in known:
-        raise ValueError(
-            f"{path} holds figures of {figures['options'].get('suite')}, which has no place in the document"
-        )
+    suite, part = figures["options"].get("suite"), re.sub(r"_\d+$", "", path.stem)
+    if suite not in known:
+        raise ValueError(f"{path} holds figures of {suite}, which has no place in the document")
+    if part not in known or not part.startswith(suite):
+        raise ValueError(f"{path} holds figures of {suite}: name it {suite}.json, or {suite}_1.json")
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / path.name
     kept.write_text(_text(figures))
@@ -43,21 +45,22 @@ def small(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def suites(folder: Path | None = None) -> dict[str, list[Figures]]:
-    """What is kept, by suite: the runs in the order of their files' names.
+def parts(folder: Path | None = None) -> dict[str, list[Figures]]:
+    """What is kept, by part of the document: the runs in the order of their files' names.
+
+    A file's part is its name without the number at its end: the suite, or the suite and what was set apart of it.
 
     Raises:
-        ValueError: two files hold the same shape of one suite.
+        ValueError: two files hold the same shape of one part.
     """
     found: dict[str, list[Figures]] = {}
     for path in sorted((folder or FOLDER).glob("*.json")):
-        figures = reached(json.loads(path.read_text()))
-        suite = figures["options"]["suite"]
-        seen = {shape for run in found.get(suite, []) for shape in run["shapes"]}
+        figures, part = reached(json.loads(path.read_text())), re.sub(r"_\d+$", "", path.stem)
+        seen = {shape for run in found.get(part, []) for shape in run["shapes"]}
         both = sorted(seen & set(figures["shapes"]))
         if both:
-            raise ValueError(f"{path} holds {', '.join(both)} of {suite}, as another file does: remove one of them")
-        found.setdefault(suite, []).append(figures)
+            raise ValueError(f"{path} holds {', '.join(both)} of {part}, as another file does: remove one of them")
+        found.setdefault(part, []).append(figures)
     return found
 
 

@@ -39,7 +39,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_results_md_is_what_the_kept_figures_give() -> None:
-    kept = results_files.suites()
+    kept = results_files.parts()
     drawn = results_plots.titles(kept)
     assert (HERE / "RESULTS.md").read_text() == results.document(kept, drawn)
     assert all((HERE / "plots" / name).exists() for name in drawn)
@@ -63,7 +63,7 @@ def test_small_drops_tracebacks_and_digits() -> None:
 def test_document_of_a_suite_in_parts_is_one_set_of_tables(parts: list[Path], tmp_path: Path) -> None:
     for path in parts:
         results_files.store(path, results.TITLES, tmp_path)
-    kept = results_files.suites(tmp_path)
+    kept = results_files.parts(tmp_path)
     found = results.document(kept, {"gpu_few_both.svg": "what it shows"})
     assert "| Qwen3-30B-A3B, eager, us: forward / forward+backward | T = 1 | T = 4 |" in found
     assert found.count("| Qwen3-30B-A3B, eager") == 1
@@ -79,7 +79,7 @@ def test_document_names_the_shapes_that_no_row_was_timed_for_and_the_rows_not_as
     figures["shapes"]["later-1"] = figures["shapes"][key]
     figures["results"] += [{**r, "shape": "later-1", "reason": "TimeoutError: over"} for r in figures["results"]]
     (tmp_path / "gpu_few_1.json").write_text(json.dumps(figures))
-    kept = results_files.suites(tmp_path)
+    kept = results_files.parts(tmp_path)
     assert [*kept["gpu_few"][0]["shapes"]] == [key]
     found = results.document(kept, {})
     assert "Shapes not reached in the run's time: later-1." in found and "TimeoutError" not in found
@@ -92,11 +92,25 @@ def test_store_of_a_suite_without_a_place_is_refused(parts: list[Path], tmp_path
     assert not (tmp_path / "kept").exists()
 
 
-def test_suites_with_a_shape_twice_are_refused(parts: list[Path], tmp_path: Path) -> None:
+def test_a_run_shown_apart_has_tables_of_its_own(parts: list[Path], tmp_path: Path) -> None:
+    for name in ("gpu_few", "gpu_few_apart_1"):
+        (tmp_path / f"{name}.json").write_text(parts[0].read_text())
+    kept = results_files.parts(tmp_path)
+    assert [*kept] == ["gpu_few", "gpu_few_apart"] and [len(runs) for runs in kept.values()] == [1, 1]
+
+
+def test_store_under_a_name_that_is_no_part_is_refused(parts: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "few.json").write_text(parts[0].read_text())
+    with pytest.raises(ValueError, match=r"holds figures of gpu_few: name it gpu_few.json, or gpu_few_1.json"):
+        results_files.store(tmp_path / "few.json", results.TITLES, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_parts_with_a_shape_twice_are_refused(parts: list[Path], tmp_path: Path) -> None:
     results_files.store(parts[0], results.TITLES, tmp_path)
     (tmp_path / "gpu_few_9.json").write_text((tmp_path / "gpu_few_1.json").read_text())
     with pytest.raises(ValueError, match=r"holds qwen3-1 of gpu_few, as another file does: remove one"):
-        results_files.suites(tmp_path)
+        results_files.parts(tmp_path)
 
 
 def test_draw_writes_the_plots_of_what_was_measured(parts: list[Path], tmp_path: Path) -> None:
