@@ -20,6 +20,7 @@ from benchmarks.gpu_wall import WallBench
 
 ROWS = {
     "triton": row("triton", "ours", "ours", experts="triton"),
+    "grouped_mm": row("grouped_mm", "reference", "ours", experts="grouped_mm"),
     "loop": row("loop", "peer", "ours", experts="loop"),
 }
 QWEN, GPTOSS = (replace(SHAPES[name], tokens=4096) for name in ("qwen3", "gptoss"))
