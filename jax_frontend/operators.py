@@ -8,9 +8,10 @@ computes stays opaque to transformations until it is lowered.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from string import ascii_letters
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,8 @@ def bilinear(
 def opaque(name: str, compute: Callable[..., list[Array]], *, static: Sequence[str]) -> Primitive:
     """A primitive without derivatives that returns a list; under vmap one element of the batch after the other.
 
+    Its tangents are made where a derivative passes by, and refused where one is evaluated or transposed.
+
     XLA cannot split what it cannot look into: where arrays lie on several devices it would gather them on each, and
     compute all of it there. So outside of a shard_map it is refused for more than one device.
 
@@ -112,6 +115,17 @@ def opaque(name: str, compute: Callable[..., list[Array]], *, static: Sequence[s
         return found, [0] * len(found)
 
     batching.primitive_batchers[operator] = one_after_the_other
+    refuse = partial(_refuse_derivative, name)
+    tangents_of = _refused_tangents(name, refuse)
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Array], list[Array]]:
+        found = operator.bind(*primals, **params)
+        types = tuple(jax.typeof(result).to_tangent_aval() for result in found)
+        if not all(jnp.issubdtype(each.dtype, jnp.floating) for each in types):
+            refuse()  # integers have no tangents: behind a scratch of them the derivative would be zero, in silence
+        return found, tangents_of.bind(*(each for each in tangents if type(each) is not ad.Zero), types=types)
+
+    ad.primitive_jvps[operator] = jvp
     return operator
 
 
@@ -164,6 +178,34 @@ def _require_one_device(name: str, devices: int) -> None:
         found = "XLA cannot split a kernel: in silence it would gather all operands on each device, and compute all"
         do = "call the layer in jax.shard_map over all axes of the mesh, or give it its mesh; or name another backend"
         raise Unsupported(asked, found, do)
+
+
+def _refuse_derivative(name: str, *_: Any, **__: Any) -> NoReturn:
+    asked = f"a derivative of a {name.replace('_', ' ')}, as the gradient of a gradient of the experts asks for"
+    found = "a kernel, which has none: the experts by kernels are differentiable once, in reverse mode"
+    raise Unsupported(asked, found, "set BackendConfig(double_backward=True)")
+
+
+def _refused_tangents(name: str, refuse: Callable[..., NoReturn]) -> Primitive:
+    """The tangents of an opaque primitive's results, of `types`: whoever evaluates or transposes them is refused.
+
+    Not in the primitive's rule: there JAX asks for all tangents, also for those that jax.lax.stop_gradient then drops.
+    """
+    operator = Primitive(f"{name}_tangents")
+    operator.multiple_results = True
+
+    def batched(operands: Sequence[Any], axes: Sequence[int | None], *, types: Any) -> tuple[list[Array], list[int]]:
+        pairs = zip(operands, axes, strict=True)
+        size = next(operand.shape[axis] for operand, axis in pairs if axis is not None)
+        found = operator.bind(*operands, types=tuple(each.update(shape=(size, *each.shape)) for each in types))
+        return found, [0] * len(found)
+
+    operator.def_impl(refuse)
+    operator.def_abstract_eval(lambda *_, types: list(types))
+    mlir.register_lowering(operator, refuse)
+    ad.primitive_transposes[operator] = refuse
+    batching.primitive_batchers[operator] = batched
+    return operator
 
 
 def _result(compiled: Callable[..., Array], types: Sequence[Any], params: dict[str, Any]) -> Any:
