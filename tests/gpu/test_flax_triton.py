@@ -62,6 +62,22 @@ def test_experts_of_both_frontends_of_uneven_routes_have_the_same_bits(case: str
     equal(p)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "inter"), [("float32", 136, 72), ("float32", 37, 21), ("bfloat16", 37, 21), ("float16", 64, 12)]
+)
+def test_experts_of_both_frontends_by_portable_kernels_have_the_same_bits(dtype: str, dim: int, inter: int) -> None:
+    equal(cached_problem(expert_bias=True, **{**SMALL, "dtype": dtype, "dim": dim, "inter": inter}))
+
+
+@pytest.mark.parametrize("side", SIDES, ids=str)
+def test_experts_of_either_frontend_have_the_same_bits_on_every_repeat(side: Side) -> None:
+    p = cached_problem(expert_bias=True, **WIDE)
+    wanted = side.experts(p)
+    for _ in range(5):
+        for name, value in side.experts(p).items():
+            np.testing.assert_array_equal(value, wanted[name], err_msg=name)
+
+
 @cache
 def code_of(ptx: str) -> str:
     """A hash of the instructions, without names of files and lines."""

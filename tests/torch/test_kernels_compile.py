@@ -15,6 +15,7 @@ from moebius.core.kernels import plan, plan_hopper, plan_portable
 pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 SWIGLU, OAI, RELU2, PAIRS = (ACTIVATIONS[name] for name in ("swiglu", "swigluoai", "relu2", "quick_geglu"))
@@ -81,7 +82,7 @@ def test_kernels_for_hopper_compile_without_spills_or_products_in_single_file(
     assert found.metadata.shared <= 232448, "bytes of shared memory that a program may have"
     source = tmp_path / "kernel.ptx"
     source.write_text(found.asm["ptx"])
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", "/dev/null"]
+    assembler = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", "/dev/null"]
     said = subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in said
     assert "serialized" not in said

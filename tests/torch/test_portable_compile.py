@@ -15,6 +15,7 @@ from moebius.core.kernels.plan import Launch
 pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 FLOATING = ("rows_RD", "weight", "dout_RF", "out_RF", "dweight_eDF")
@@ -50,7 +51,14 @@ def assembled(ptx: str, capability: tuple[int, int], folder: Path) -> str:
     source = folder / "kernel.ptx"
     source.write_text(ptx)
     name = "sm_{}{}".format(*capability) + ("a" if capability >= (9, 0) else "")
-    assembler = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", str(source), "-o", "/dev/null"]
+    assembler = [
+        get_ptxas(10 * capability[0] + capability[1]).path,
+        "-v",
+        f"--gpu-name={name}",
+        str(source),
+        "-o",
+        "/dev/null",
+    ]
     return subprocess.run(assembler, capture_output=True, text=True, check=True).stderr
 
 
