@@ -132,9 +132,11 @@ def of_layer(backend: str | None, config: MoEConfig, share: float = 1.0) -> str:
     Args:
         share: of the slots that come, those that are routes of the experts held here; see dispatchers.routed_share.
     """
+    if backend:
+        return backend
     c = config
     told = share, c.expert_dim, c.moe_inter_dim, c.activation.up_width(c.moe_inter_dim)
-    return backend or _LAYER + ",".join(map(str, told))
+    return _LAYER + ",".join(map(str, told))
 
 
 def layer_of(backend: str | None) -> tuple[float, int, int, int] | None:

@@ -5,13 +5,15 @@ While JAX traces there are neither devices nor values: both are looked at only o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
-from moebius.core import checks
+from moebius.core import checks, layout
+from moebius.core.config import MoEConfig
 from moebius.core.errors import DTypeError, RoutingError, ShapeError
 
 
@@ -26,6 +28,28 @@ def check_arrays(**arrays: Any) -> None:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             do = "use jax.numpy.asarray for lists, moebius.compare.to_jax for PyTorch"
             raise DTypeError(f"{name} as a jax.Array", kind, do)
+
+
+def check_experts(
+    parameters: Mapping[str, Array],
+    x: Array,
+    token_mask: Array,
+    weights: Array,
+    indices: Array,
+    config: MoEConfig,
+    ranks: int,
+) -> None:
+    """The shapes, dtypes and devices of what `experts` takes, on one of `ranks` ranks.
+
+    Raises:
+        ShapeError, DTypeError: one does not fit.
+    """
+    check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
+    checks.tokens(x, config.expert_dim)
+    checks.token_mask(token_mask, x.shape[0])
+    checks.routes(weights, indices, x.shape[0])
+    checks.parameters(parameters, layout.experts(config, ranks))
+    check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
 
 
 def check_devices(**arrays: Array) -> None:

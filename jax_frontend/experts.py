@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jax import Array
 
-from moebius.core import checks, layout
+from moebius.core import checks
 from moebius.core.config import REMATS, MoEConfig
 from moebius.core.dispatchers import routed_share
 from moebius.core.errors import ConfigError
@@ -15,7 +15,7 @@ from moebius.core.registry import of_layer
 from moebius.core.stages import Tap, untapped
 from moebius.jax_frontend.activate import activate
 from moebius.jax_frontend.bias import add_bias
-from moebius.jax_frontend.checks import check_arrays, check_devices, check_values
+from moebius.jax_frontend.checks import check_experts, check_values
 from moebius.jax_frontend.dispatch import Dispatcher, Local, Sent
 from moebius.jax_frontend.lean import lean
 from moebius.jax_frontend.matmul import grouped_matmul
@@ -88,13 +88,8 @@ def experts(
     """
     permute_backend = None if permute_backend == "xla" else permute_backend
     _check_remat(remat, activation, double_backward, permute_backend)
-    check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
     dispatcher = dispatcher or Local()
-    checks.tokens(x, config.expert_dim)
-    checks.token_mask(token_mask, x.shape[0])
-    checks.routes(weights, indices, x.shape[0])
-    checks.parameters(parameters, layout.experts(config, dispatcher.ranks))
-    check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
+    check_experts(parameters, x, token_mask, weights, indices, config, dispatcher.ranks)
     if check or checks.environment() == "full":
         check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.astype(x.dtype) for name, value in parameters.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebius.core import checks
+from moebius.core import checks, layout
+from moebius.core.config import MoEConfig
 from moebius.core.errors import DTypeError, RoutingError, ShapeError
+from moebius.torch_frontend.operators import unwatched
 
 
 def check_arrays(**arrays: Any) -> None:
@@ -22,6 +25,43 @@ def check_arrays(**arrays: Any) -> None:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             do = "use torch.as_tensor for NumPy, moebius.compare.to_torch for JAX"
             raise DTypeError(f"{name} as a torch.Tensor", kind, do)
+
+
+# Kind of what passed -> the config, whose id in the kind is no other's for as long as it is held here.
+_passed: dict[tuple[Any, ...], MoEConfig] = {}
+_KINDS = 1024  # held; then all are forgotten
+
+
+def check_experts(
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    token_mask: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    config: MoEConfig,
+    ranks: int,
+) -> None:
+    """The shapes, dtypes and devices of what `experts` takes, on one of `ranks` ranks; of a kind that passed not again.
+
+    Raises:
+        ShapeError, DTypeError: one does not fit.
+    """
+    check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
+    kind: tuple[Any, ...] = ()
+    tensors = (x, token_mask, weights, indices, *parameters.values())
+    if unwatched(*tensors):  # while something traces, sizes may be unknown
+        kind = (id(config), ranks, *parameters, *[(t.shape, t.dtype, t.device) for t in tensors])
+        if kind in _passed:
+            return
+    checks.tokens(x, config.expert_dim)
+    checks.token_mask(token_mask, x.shape[0])
+    checks.routes(weights, indices, x.shape[0])
+    checks.parameters(parameters, layout.experts(config, ranks))
+    check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
+    if kind:
+        if len(_passed) >= _KINDS:
+            _passed.clear()
+        _passed[kind] = config
 
 
 def check_devices(**tensors: Tensor) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moebius.core import checks, layout
+from moebius.core import checks
 from moebius.core.config import MoEConfig
 from moebius.core.dispatchers import routed_share
 from moebius.core.registry import of_layer
 from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend.activate import activate
 from moebius.torch_frontend.bias import add_bias
-from moebius.torch_frontend.checks import check_arrays, check_devices, check_values
+from moebius.torch_frontend.checks import check_experts, check_values
 from moebius.torch_frontend.dispatch import Dispatcher, Local, Sent
 from moebius.torch_frontend.lean import lean
 from moebius.torch_frontend.matmul import grouped_matmul
@@ -61,13 +61,8 @@ def experts(
     Raises:
         ShapeError, DTypeError: an input does not fit. ConfigError, BackendUnavailable, Unsupported: see Registry.
     """
-    check_arrays(x=x, token_mask=token_mask, weights=weights, indices=indices)
     dispatcher = dispatcher or Local()
-    checks.tokens(x, config.expert_dim)
-    checks.token_mask(token_mask, x.shape[0])
-    checks.routes(weights, indices, x.shape[0])
-    checks.parameters(parameters, layout.experts(config, dispatcher.ranks))
-    check_devices(x=x, token_mask=token_mask, weights=weights, indices=indices, **parameters)
+    check_experts(parameters, x, token_mask, weights, indices, config, dispatcher.ranks)
     if check or checks.environment() == "full":
         check_values(weights, indices, token_mask, config.n_routed_experts)
     p = {name: value.to(x.dtype) for name, value in parameters.items()}

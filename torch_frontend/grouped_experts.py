@@ -19,6 +19,7 @@ from moebius.core.registry import Problem
 from moebius.core.stages import Tap, untapped
 from moebius.torch_frontend import preflight
 from moebius.torch_frontend.activate import activate
+from moebius.torch_frontend.checks import check_arrays
 from moebius.torch_frontend.dispatch import DISPATCHERS, Dispatcher, During, Local, Options
 from moebius.torch_frontend.dispatch_choice import agreed
 from moebius.torch_frontend.dispatch_limits import require_counts
@@ -60,6 +61,7 @@ class _Experts(AllOrNothing):
         self._dispatchers: dict[torch.dtype | None, Dispatcher] = {}  # that it built by itself, by the tokens' dtype
         self.gate_up_proj_bias = None
         self.down_proj_bias = None
+        self._names = tuple(row.name for row in layout.experts(self.config))
         for row in layout.experts(self.config):
             stored = as_dtype(param_dtype or row.dtype)
             setattr(self, row.name, nn.Parameter(torch.empty(row.shape, dtype=stored, device=device)))
@@ -91,6 +93,7 @@ class _Experts(AllOrNothing):
 
     def forward(self, x: Tensor, token_mask: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """[T, D] in the compute dtype (`dtype` of the constructor, else autocast's, else x's); see `experts`."""
+        check_arrays(x=x)
         parameters, x = self._parameters_by_name(), computed(x, self.dtype)
         dispatcher: Any = self._dispatcher(mesh_of(parameters), x.dtype)
         if dispatcher.ranks > 1 and hasattr(dispatcher, "layer"):  # not of a user's own
@@ -114,7 +117,7 @@ class _Experts(AllOrNothing):
 
     def _parameters_by_name(self) -> dict[str, Tensor]:
         """As attributes, which a parametrization or FSDP may compute, not as what is registered."""
-        return {row.name: getattr(self, row.name) for row in layout.experts(self.config)}
+        return {name: getattr(self, name) for name in self._names}
 
     def _dispatcher(self, mesh: Any, dtype: torch.dtype) -> Dispatcher:
         """The dispatcher of a call over the ranks of `mesh`, for tokens of that dtype."""

@@ -170,6 +170,30 @@ def test_grouped_experts_with_float64_fall_to_the_loop_unless_a_backend_is_named
         GroupedExperts(CONFIG, BackendConfig(experts="torch_mm"), param_dtype="float64")
 
 
+def test_experts_that_took_good_input_once_still_refuse_bad_input() -> None:
+    module = GroupedExperts(CONFIG)
+    x, mask, weights, indices = inputs()
+    module(x, mask, weights, indices)
+    for changed, asked in (
+        ((x[:, :4], mask, weights, indices), "x of shape"),
+        ((x, mask[:3], weights, indices), "token_mask of shape"),
+        ((x, mask, weights[:, :1], indices), "weights of the shape of indices"),
+    ):
+        with pytest.raises(ShapeError, match=asked):
+            module(*changed)
+    with pytest.raises(DTypeError, match="indices of dtype int32 or int64"):
+        module(x, mask, weights, indices.float())
+    with pytest.raises(DTypeError, match=r"x as a torch\.Tensor"):
+        module(x.detach().numpy(), mask, weights, indices)
+    named = dict(module.named_parameters())
+    wider = replace(CONFIG, moe_inter_dim=12)  # the same arrays do not fit another config
+    with pytest.raises(ShapeError, match="gate_and_up_projs of shape"):
+        experts(named, x, mask, weights, indices, config=wider)
+    del named["down_projs"]
+    with pytest.raises(ShapeError, match="no down_projs"):
+        experts(named, x, mask, weights, indices, config=CONFIG)
+
+
 def test_experts_of_mixed_devices_name_each() -> None:
     module = GroupedExperts(CONFIG)
     x, mask, weights, indices = inputs()
