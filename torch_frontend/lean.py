@@ -11,7 +11,7 @@ Source: SonicMoE, arXiv:2512.14080: what to keep, and the routing weights' gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ from moebius.torch_frontend.activate import Fields, activate_rows, activate_rows
 from moebius.torch_frontend.bias import dot_rows, sum_rows
 from moebius.torch_frontend.dispatch import Sent
 from moebius.torch_frontend.dtypes import accumulate_dtype, on
-from moebius.torch_frontend.matmul import Fused, Kernels, in_context, kernels
+from moebius.torch_frontend.few import Played, few
+from moebius.torch_frontend.matmul import Fused, Kernels, Packed, in_context, kernels
 from moebius.torch_frontend.operators import call, differentiate, unwatched
 from moebius.torch_frontend.permute import scatter_rows, sort_routes, sum_dots, sum_slots
 
@@ -76,13 +77,13 @@ def lean(p: Mapping[str, Tensor], sent: Sent, config: MoEConfig, backend: str | 
     whole = weights.up_eDU.is_contiguous() and weights.down_eID.is_contiguous()
     placed = config.apply_router_weight_after_down
     told = (*fields(config.activation), placed, partial, whole, in_context(of_layer(backend, config)))
-    given = (sent.x_SD, sent.weights_SK, sent.ids_SK, *weights, *told)
+    given = (sent.x_SD, sent.weights_SK, sent.ids_SK, *weights)
     if not _eager(*given):
-        y_SD: Tensor = call(_experts, *given)[0]
+        y_SD: Tensor = call(_experts, *given, *told)[0]
     elif torch.is_grad_enabled():
-        y_SD = _Eager.apply(*given)
+        y_SD = _Eager.apply(*given, told)
     else:
-        y_SD = _Eager.forward(None, *given)
+        y_SD = _Eager.forward(None, *given, told)
     return y_SD
 
 
@@ -164,6 +165,8 @@ def _matmul(
     how: How, x_SD: Tensor, w: Weights, group_sizes_e: Tensor, n_rows: int, prepared: Any = None
 ) -> tuple[Kernels, Any]:
     matmul = kernels(how.backend, x_SD, w.up_eDU.shape, w.down_eID.shape, n_rows)
+    if isinstance(prepared, Packed) and matmul.unpack is not None:
+        prepared = matmul.unpack(group_sizes_e, prepared)
     return matmul, matmul.prepare(group_sizes_e) if prepared is None else prepared
 
 
@@ -303,21 +306,76 @@ def _(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 class _Eager(Function):
-    """The operator where nothing but autograd follows the call: on the host in half the time."""
+    """The operator where nothing but autograd follows the call: on the host in half the time, of few rows in less."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
-        x_SD, weights_SK, ids_SK, *rest = given
-        with on(x_SD.device):
-            y_SD, kept, prepared = forward(x_SD, weights_SK, ids_SK, Weights(*rest[:4]), _how(rest[4:]))
+        inputs, told = given[:_N_TENSORS], given[_N_TENSORS]  # as one: autograd looks at each argument
+        y_SD: Tensor
+        kept: Sequence[Any]
+        with on(given[0].device):
+            played = _FORWARD(inputs, (told, ctx is not None)) if _few(inputs[0], inputs[2].numel(), told) else None
+            if played is None:
+                y_SD, (_, *kept), prepared = _forward(inputs, told)
+            else:
+                (y_SD, *found), form = played  # type: ignore[assignment]
+                kept, prepared = found[:_N_KEPT], Packed(tuple(found[_N_KEPT:]), form)  # type: ignore[arg-type]
         if ctx is not None:
-            _save(ctx, given, (y_SD, *kept[1:]))
-            ctx.prepared = kept.group_sizes_e, prepared
+            _save(ctx, (*inputs, *told), (y_SD, *kept))
+            ctx.prepared = kept[_GROUP_SIZES], prepared
         return y_SD
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _backward(ctx, *grads)
+        return (*_backward(ctx, *grads)[:_N_TENSORS], None)
+
+
+def _forward(inputs: Sequence[Any], told: tuple[Any, ...]) -> tuple[Tensor, Kept, Any]:
+    x, weights, ids, *parameters = inputs
+    return forward(x, weights, ids, Weights(*parameters), _how(told))
+
+
+def _few(x_SD: Tensor, n_rows: int, told: tuple[Any, ...]) -> bool:
+    """Whether to play. Of several ranks the rows that arrive are another number each time: kinds without end."""
+    return few(x_SD, n_rows) and not told[_PARTIAL]
+
+
+def _of(x_SD: Tensor, weights: Sequence[Any], told: tuple[Any, ...], n_rows: int) -> Kernels:
+    return kernels(_how(told).backend, x_SD, weights[0].shape, weights[1].shape, n_rows)
+
+
+def _forward_few(inputs: Sequence[Any], told: tuple[Any, bool]) -> tuple[list[Any], tuple[Any, ...]]:
+    """([y, Kept but x, Packed.tensors], Packed.form), told what forward is told and whether it has a backward pass."""
+    how, differentiable = told
+    y_SD, kept, prepared = _forward(inputs, how)
+    if not differentiable:
+        return [y_SD], ()
+    pack = _of(inputs[0], inputs[3:5], how, inputs[2].numel()).pack
+    assert pack is not None  # see _can_forward
+    packed = pack(prepared)
+    return [y_SD, *kept[1:], *packed.tensors], packed.form
+
+
+def _backward_few(given: Sequence[Any], told: tuple[Any, ...]) -> tuple[list[Any], None]:
+    """Of (dy, Kept, Weights, Packed.tensors), told (what forward was told, needs, Packed.form or None)."""
+    told, needs, form = told
+    dy, kept, w = given[0], Kept(*given[1:7]), Weights(*given[7:11])
+    prepared = None if form is None else Packed(tuple(given[11:]), form)
+    return backward(dy, kept, w, _how(told), list(needs), in_place=True, prepared=prepared), None
+
+
+def _can_forward(inputs: Sequence[Any], told: tuple[Any, ...]) -> bool:
+    return _of(inputs[0], inputs[3:5], told[0], inputs[2].numel()).pack is not None
+
+
+def _can_backward(given: Sequence[Any], told: tuple[Any, ...]) -> bool:
+    return _of(given[1], given[7:9], told[0], given[3].numel()).pack is not None
+
+
+_N_KEPT = len(Kept._fields) - 1  # but x
+_PARTIAL = How._fields.index("partial") - len(How._fields)  # of what is told, counted from its end
+_GROUP_SIZES = Kept._fields.index("group_sizes_e") - 1
+_FORWARD, _BACKWARD = Played(_forward_few, _can_forward), Played(_backward_few, _can_backward)
 
 
 def _eager(*given: Any) -> bool:
@@ -337,16 +395,28 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * (_N_TENSORS + len(ctx.told))
     needs, tensors = list(asked), ctx.saved_tensors
+    grads: Sequence[Tensor | None]
     if _alone(dy):
-        kept, w = Kept(*tensors[:6]), Weights(*tensors[6:])
-        del tensors
-        prepared = _prepared(ctx, kept.group_sizes_e)
-        grads = backward(dy, kept, w, _how(ctx.told), needs, in_place=True, prepared=prepared)
+        grads = _backward_alone(ctx, dy, tensors, asked)
     else:
         found = call(_experts_backward, dy.contiguous(), *tensors, *ctx.told, needs)
         grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     dx, dweights, *dparameters = grads
     return (dx, dweights, None, *dparameters, *(None for _ in ctx.told))
+
+
+def _backward_alone(ctx: Any, dy: Tensor, tensors: Sequence[Any], needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
+    kept, w = Kept(*tensors[:6]), Weights(*tensors[6:])
+    prepared = _prepared(ctx, kept.group_sizes_e)
+    alike = prepared is None or isinstance(prepared, Packed)
+    if alike and _few(kept.x_SD, kept.slot_of_row_R.shape[0], ctx.told):
+        packed, form = prepared or ((), None)
+        with on(dy.device):
+            played = _BACKWARD((dy, *tensors, *packed), (ctx.told, needs, form))
+        if played is not None:
+            return played[0]
+    del tensors
+    return backward(dy, kept, w, _how(ctx.told), list(needs), in_place=True, prepared=prepared)
 
 
 def _prepared(ctx: Any, group_sizes_e: Tensor) -> Any:

@@ -45,6 +45,13 @@ class Fused(NamedTuple):
     down_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+class Packed(NamedTuple):
+    """What a backend prepared of group sizes, as tensors, and the rest of it: hashable, the same for equal sizes."""
+
+    tensors: tuple[Tensor, ...]
+    form: tuple[Any, ...]
+
+
 class Kernels(NamedTuple):
     """One backend of the grouped matmul, for at least one row and one expert.
 
@@ -53,12 +60,16 @@ class Kernels(NamedTuple):
         product: (rows [R, D], weight [e, D, F] in any layout, prepared) -> [R, F]; rows past the end hold anything.
         weight_gradient: (rows [R, D], dout [R, F], prepared) -> [e, D, F]; empty experts zero.
         fused: what it computes together; None for nothing.
+        pack, unpack: prepared -> Packed, and (group_sizes [e], Packed) -> prepared, of a backend that launches kernels
+            of core.kernels and does nothing else; None for another.
     """
 
     prepare: Callable[[Tensor], Any]
     product: Callable[[Tensor, Tensor, Any], Tensor]
     weight_gradient: Callable[[Tensor, Tensor, Any], Tensor]
     fused: Fused | None = None
+    pack: Callable[[Any], Packed] | None = None
+    unpack: Callable[[Tensor, Packed], Any] | None = None
 
 
 def grouped_matmul(
@@ -311,7 +322,8 @@ def _load_triton() -> Kernels:
     if any(major == 9 for major, _ in _capabilities()):
         import_module("moebius.core.kernels.fused_hopper")  # in Gluon, which an older Triton does not have
     fused = Fused(backend.fuses, backend.activated_product, backend.differentiated_product)
-    return Kernels(backend.Prepared, backend.product, backend.weight_gradient, fused)
+    plain = backend.prepare, backend.product, backend.weight_gradient
+    return Kernels(*plain, fused, lambda prepared: Packed(*backend.pack(prepared)), backend.unpack)
 
 
 def _grouped_mm_supports(problem: Problem) -> str | None:

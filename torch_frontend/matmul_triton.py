@@ -6,7 +6,7 @@ it is in neither, or starts between 16 bytes. What is fused wants contiguous wei
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,20 +15,35 @@ from moebius.torch_frontend import launch
 from moebius.torch_frontend.matmul_grouped_mm import aligned
 
 
-@dataclass
-class Prepared:
+class Prepared(NamedTuple):
     """The group sizes, and what is made of them once for all products of as many rows in tiles of one height."""
 
     group_sizes_e: Tensor
-    _listed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    made: dict[tuple[int, int], tuple[Tensor, Tensor]]
 
     def listed(self, rows: Tensor, width_out: int) -> tuple[Tensor, Tensor]:
         """(tiles, starts); see launch.list_tiles."""
         n_rows, width_in = rows.shape
         key = n_rows, launch.height(rows, n_rows, len(self.group_sizes_e), width_in, width_out)
-        if key not in self._listed:
-            self._listed[key] = launch.list_tiles(self.group_sizes_e, *key)
-        return self._listed[key]
+        if key not in self.made:
+            self.made[key] = launch.list_tiles(self.group_sizes_e, *key)
+        return self.made[key]
+
+
+def prepare(group_sizes_e: Tensor) -> Prepared:
+    """See Kernels.prepare."""
+    return Prepared(group_sizes_e, {})
+
+
+def pack(prepared: Prepared) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """See Kernels.pack."""
+    return tuple(tensor for pair in prepared.made.values() for tensor in pair), (*prepared.made,)
+
+
+def unpack(group_sizes_e: Tensor, packed: tuple[tuple[Tensor, ...], tuple[Any, ...]]) -> Prepared:
+    """See Kernels.unpack."""
+    tensors, form = packed
+    return Prepared(group_sizes_e, dict(zip(form, zip(tensors[::2], tensors[1::2], strict=True), strict=True)))
 
 
 def product(rows: Tensor, weight: Tensor, prepared: Prepared) -> Tensor:

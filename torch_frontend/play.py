@@ -7,21 +7,31 @@ arguments; the compiled kernel that it hands back is called from then on, as Tri
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib import import_module
 from math import prod
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from moebius.core.kernels.interpreter import mend
 from moebius.core.kernels.lookup import block_layout, kernel_of
 from moebius.core.kernels.plan import Launch
+from moebius.core.kernels.plan_grouped import interpreted
 
 _WIDE = 1 << 31  # from here on an integer is another kind of argument to Triton
 
 # (code of a launch, device, kind of each argument) -> (what Triton compiled, its constants in order).
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+Heard = tuple[Launch, Any, tuple[Any, ...]]  # a launch, what was compiled or None, the arguments
+_heard: dict[int, list[Heard]] = {}  # of each thread that listens, by its number
 
 
 def run(launch: Launch, *arguments: Any) -> None:
@@ -50,21 +60,54 @@ def _play(launch: Launch, device: int, arguments: tuple[Any, ...]) -> None:
             given.append(address)
     key = tuple(kinds)
     found = _compiled.get(key)
-    if found is None:
+    if _heard and (heard := _heard.get(get_ident())) is not None:
+        with _disable_current_modes():  # what Triton does with tensors on its way is not the layer's
+            _first(launch, key, arguments)
+        heard.append((launch, _compiled.get(key), arguments))
+    elif found is None:
         _first(launch, key, arguments)
-        return
-    compiled, constants = found
-    if _watched():
+    elif watched():
+        compiled, constants = found
         compiled[(launch.programs, 1, 1)](*_with_descriptors(launch, arguments), *constants)
-        return
-    for place, block in enumerate(launch.blocks):
-        given[place] = _described(given[place], arguments[place].shape, block)
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    else:
+        compiled, constants = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        described = [(place, arguments[place].shape, block) for place, block in enumerate(launch.blocks)]
+        call(compiled, launch.programs, stream, given, described, constants)
+
+
+def call(
+    compiled: Any,
+    programs: int,
+    stream: int,
+    given: list[Any],
+    described: Iterable[tuple[int, tuple[int, ...], tuple[int, ...]]],
+    constants: tuple[Any, ...],
+) -> None:
+    """A compiled kernel as Triton calls it, where nobody watches.
+
+    Args:
+        given: addresses and integers, in order; changed. described: (which needs a descriptor, its shape, block) each.
+    """
+    for place, shape, block in described:
+        given[place] = _described(given[place], shape, block)
     handles = compiled.function, compiled.packed_metadata
-    compiled.run(launch.programs, 1, 1, stream, *handles, None, None, None, *given, *constants)
+    compiled.run(programs, 1, 1, stream, *handles, None, None, None, *given, *constants)
 
 
-def _watched() -> bool:
+@contextmanager
+def listening() -> Iterator[list[Heard]]:
+    """What this thread launches inside; not one inside another."""
+    thread = get_ident()
+    assert thread not in _heard
+    heard = _heard[thread] = []
+    try:
+        yield heard
+    finally:
+        del _heard[thread]
+
+
+def watched() -> bool:
     """Whether a profiler of Triton's asks to be told of each launch."""
     runtime = _runtime()
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -80,6 +123,8 @@ def _runtime() -> Any:
 
 def _first(launch: Launch, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
     """Triton's own way, which compiles, and tells what to call from now on; its interpreter tells nothing."""
+    if interpreted():
+        mend()
     function = kernel_of(launch.kernel)
     given = _with_descriptors(launch, arguments)
     compiled = function[(launch.programs,)](*given, **launch.constants, **launch.options())

@@ -46,6 +46,8 @@ FILES = {
     "dispatch_trip.py": _LIBRARY,
     "dispatch_ragged.py": "jax: a collective of XLA; PyTorch's all-to-all is ragged",
     "over_mesh.py": "jax: one program calls all devices; a process of PyTorch is one rank",
+    "few.py": "torch: eager launches are made on the host, one by one; XLA launches a compiled program",
+    "tape.py": "torch: as few.py",
     "recompute.py": "torch: checkpointing runs the module's Python again; JAX repeats equations",
     "operators.py": "both: how operators with derivatives are declared, by torch.library and by JAX's primitives",
     "sharding.py": "both: parameters as DTensors of each rank, or as arrays over the devices of a mesh",
@@ -76,6 +78,7 @@ _KEPT = "jax: the backward pass keeps more or less, as `remat` says"
 _EAGER = "torch: eager calls overlap where they are made; XLA schedules a program by itself"
 _BOUND = "jax: shapes are static, so what travels may have a bound; PyTorch's ranks count it"
 _RAW = "torch: a kernel without gradient, which both the step's operator and lean.py run"
+_TAPED = "torch: what tape.py records and plays"
 _HELD = "torch: ranks give buffers back together; in Flax nothing is held between calls"
 # (file, name) -> why it differs.
 NAMES = {
@@ -128,6 +131,10 @@ NAMES = {
     ("launch.py", "sort_routes"): "torch: XLA sorts, to the same order",
     ("launch.py", "gather_rows"): "torch: for experts whose steps are differentiated one by one",
     ("launch.py", "sum_rows"): "torch: its formula's other dtypes",
+    ("matmul.py", "Packed"): _RAW,
+    ("play.py", "call"): _TAPED,
+    ("play.py", "listening"): _TAPED,
+    ("play.py", "watched"): _TAPED,
     ("play.py", "load"): "jax: Triton comes with PyTorch, jax-triton by itself",
     ("activate.py", "activated"): "jax: JAX derives the gradients; PyTorch has kernels of both, see activate_rows",
     ("activate.py", "activate_rows"): _RAW,
@@ -233,7 +240,7 @@ def test_the_frontends_export_the_same_names() -> None:
 
 def test_the_experts_read_the_same_line_by_line() -> None:
     """Steps 3 to 9 are one text; only the framework's own words and Flax's backends of permute differ."""
-    torch, jax = ((folder / "experts.py").read_text().partition("    checks.tokens(x")[2] for folder in (TORCH, JAX))
+    torch, jax = ((folder / "experts.py").read_text().partition("    check_experts(")[2] for folder in (TORCH, JAX))
     for own, other in (STEPS | WORDS).items():
         assert own in jax, own
         jax = jax.replace(own, other)
