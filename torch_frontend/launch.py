@@ -42,9 +42,9 @@ def serves(*tensors: Tensor | None) -> bool:
 
 def mask_routes(ids_TK: Int[Tensor, "T K"], token_mask_T: Bool[Tensor, " T"], n_experts: int, no_route: int) -> Tensor:
     """[T, K] int32: the ids, `no_route` for those of a masked token and those outside [0, n_experts)."""
-    routed_TK = torch.empty(ids_TK.shape, dtype=torch.int32, device=ids_TK.device)
-    launch = plan.mask_routes(ids_TK.numel(), ids_TK.shape[1], n_experts, no_route)
-    run(launch, ids_TK.contiguous(), token_mask_T.contiguous(), ids_TK.numel(), routed_TK)
+    routed_TK, n_slots = ids_TK.new_empty(ids_TK.shape, dtype=torch.int32), ids_TK.numel()
+    launch = plan.mask_routes(n_slots, ids_TK.shape[1], n_experts, no_route)
+    run(launch, ids_TK.contiguous(), token_mask_T.contiguous(), n_slots, routed_TK)
     return routed_TK
 
 

@@ -7,7 +7,7 @@ arguments; the compiled kernel that it hands back is called from then on, as Tri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib import import_module
@@ -71,28 +71,15 @@ def _play(launch: Launch, device: int, arguments: tuple[Any, ...]) -> None:
         compiled[(launch.programs, 1, 1)](*_with_descriptors(launch, arguments), *constants)
     else:
         compiled, constants = found
+        for place, block in enumerate(launch.blocks):
+            given[place] = described(given[place], arguments[place].shape, block)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        described = [(place, arguments[place].shape, block) for place, block in enumerate(launch.blocks)]
-        call(compiled, launch.programs, stream, given, described, constants)
+        compiled.run(launch.programs, 1, 1, stream, *handles(compiled), None, None, None, *given, *constants)
 
 
-def call(
-    compiled: Any,
-    programs: int,
-    stream: int,
-    given: list[Any],
-    described: Iterable[tuple[int, tuple[int, ...], tuple[int, ...]]],
-    constants: tuple[Any, ...],
-) -> None:
-    """A compiled kernel as Triton calls it, where nobody watches.
-
-    Args:
-        given: addresses and integers, in order; changed. described: (which needs a descriptor, its shape, block) each.
-    """
-    for place, shape, block in described:
-        given[place] = _described(given[place], shape, block)
-    handles = compiled.function, compiled.packed_metadata
-    compiled.run(programs, 1, 1, stream, *handles, None, None, None, *given, *constants)
+def handles(compiled: Any) -> tuple[Any, Any]:
+    """What a compiled kernel's launcher is told of it, where nobody watches: the function, and how it is launched."""
+    return compiled.function, compiled.packed_metadata
 
 
 @contextmanager
@@ -155,7 +142,7 @@ class _Address:
 
 
 @lru_cache(maxsize=4096)
-def _described(address: int, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
+def described(address: int, shape: tuple[int, ...], block: tuple[int, ...]) -> Any:
     """`descriptor` without its checks, which an operand of this kind has passed, and without its operand."""
     made = object.__new__(_descriptors())
     made.base, made.block_shape, made.layout = _Address(address), list(block), block_layout(len(block))

@@ -191,18 +191,18 @@ def _quick(steps: Sequence[Step]) -> tuple[tuple[Any, ...], ...] | None:
     if any(step.compiled is None for step in steps):
         return None  # Triton's interpreter compiles nothing
     quick = []
-    for launch, arguments, compiled in steps:
+    for launch, arguments, (kernel, constants) in steps:
         at = tuple((-1, a) if isinstance(a, int) else (a.base, a.offset) for a in arguments)
         described = tuple((i, arguments[i].shape, block) for i, block in enumerate(launch.blocks))  # type: ignore[union-attr]
-        assert compiled is not None
-        kernel, constants = compiled
-        quick.append((kernel, launch.programs, at, described, constants))
+        quick.append((kernel.run, launch.programs, *play.handles(kernel), at, described, constants))
     return tuple(quick)
 
 
 def _play(quick: Sequence[tuple[Any, ...]], addresses: list[int], device: int) -> None:
     stream = torch._C._cuda_getCurrentRawStream(device)
     addresses.append(0)  # what integers are counted from
-    for kernel, programs, at, described, constants in quick:
-        given = [addresses[base] + offset for base, offset in at]
-        play.call(kernel, programs, stream, given, described, constants)
+    for run, programs, function, metadata, at, described, constants in quick:
+        given: list[Any] = [addresses[base] + offset for base, offset in at]
+        for place, shape, block in described:
+            given[place] = play.described(given[place], shape, block)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *given, *constants)
