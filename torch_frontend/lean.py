@@ -281,6 +281,19 @@ def _experts_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
+@torch.library.custom_op(
+    "moebius::row_weights_of", mutates_args=(), schema="(Tensor row_weights, Tensor weights) -> Tensor"
+)
+def _of_weights(row_weights: Tensor, weights: Tensor) -> Tensor:
+    """The rows' weights as a function of the routing weights: a second derivative by these is refused, and not zero."""
+    return row_weights.clone()
+
+
+@_of_weights.register_fake
+def _(row_weights: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty_like(row_weights)
+
+
 @_experts.register_fake
 def _(x: Tensor, weights: Tensor, ids: Tensor, up: Tensor, down: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     how = _how(rest[2:])
@@ -375,6 +388,7 @@ def _can_backward(given: Sequence[Any], told: tuple[Any, ...]) -> bool:
 _N_KEPT = len(Kept._fields) - 1  # but x
 _PARTIAL = How._fields.index("partial") - len(How._fields)  # of what is told, counted from its end
 _GROUP_SIZES = Kept._fields.index("group_sizes_e") - 1
+_ROW_WEIGHTS = Kept._fields.index("row_weights_R")
 _FORWARD, _BACKWARD = Played(_forward_few, _can_forward), Played(_backward_few, _can_backward)
 
 
@@ -384,23 +398,25 @@ def _eager(*given: Any) -> bool:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, _, *weights = inputs[:_N_TENSORS]
+    x, weights_SK, _, *weights = inputs[:_N_TENSORS]
     ctx.told = inputs[_N_TENSORS:]
     ctx.set_materialize_grads(False)  # nobody asks for the gradient of what is kept
-    ctx.save_for_backward(x, *output[1:], *weights)
+    ctx.save_for_backward(x, *output[1:], *weights, weights_SK)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     asked = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], *ctx.needs_input_grad[3:_N_TENSORS])
     if dy is None:
         return (None,) * (_N_TENSORS + len(ctx.told))
-    needs, tensors = list(asked), ctx.saved_tensors
+    *tensors, weights_SK = ctx.saved_tensors
     grads: Sequence[Tensor | None]
     if _alone(dy):
         grads = _backward_alone(ctx, dy, tensors, asked)
     else:
-        found = call(_experts_backward, dy.contiguous(), *tensors, *ctx.told, needs)
-        grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+        if torch.is_grad_enabled():  # of what is kept, these alone are not among the operator's inputs by themselves
+            tensors[_ROW_WEIGHTS] = call(_of_weights, tensors[_ROW_WEIGHTS], weights_SK)
+        found = call(_experts_backward, dy.contiguous(), *tensors, *ctx.told, list(asked))
+        grads = [grad if needed else None for grad, needed in zip(found, asked, strict=True)]
     dx, dweights, *dparameters = grads
     return (dx, dweights, None, *dparameters, *(None for _ in ctx.told))
 
@@ -455,3 +471,4 @@ def _how(told: Any) -> How:
 
 differentiate(_experts, _backward, _save)
 differentiate(_experts_backward, _refuse)
+differentiate(_of_weights, _refuse)

@@ -72,6 +72,24 @@ def test_experts_second_derivative_of_the_lean_operator_is_refused_with_the_swit
         torch.autograd.grad(dx.sum(), weights)
 
 
+def test_experts_second_derivative_by_routing_weights_alone_is_refused_and_not_zero() -> None:
+    module = GroupedExperts(CONFIG).requires_grad_(False)
+    x, mask, weights, indices = inputs()
+
+    def slope(weights: torch.Tensor) -> torch.Tensor:
+        y = module(x, mask, weights, indices).sum()  # linear: the gradient hangs on x by the kept values alone
+        return torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
+
+    refused = pytest.raises(Unsupported, match=r"do: set BackendConfig\(double_backward=True\)")
+    with refused:
+        slope(weights).backward(inputs=[weights])
+    assert weights.grad is None
+    with refused:
+        torch.func.grad(lambda w: torch.func.grad(lambda x: module(x, mask, w, indices).sum())(x).square().sum())(
+            weights
+        )
+
+
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_of_non_contiguous_input_and_a_summed_output_equal_contiguous(backend: str, dtype) -> None:
