@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,12 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for framework in FRAMEWORKS:
         wanted = {key: dict(row.options) for key, row in rows.items() if row.kind == framework}
         if wanted:
-            whole &= _run(framework, wanted, options, figures)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=1, default=str))
+            done, figures = _run(framework, wanted, options, figures)
+            whole &= done
+    _keep(figures, options.json)
     gpu_command.say(tables(figures))
     return int(not whole)
+
+
+def _keep(figures: Figures, path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1, default=str))
 
 
 def tables(figures: Figures) -> str:
@@ -194,8 +199,11 @@ def _rates(figures: Figures) -> str:
     return "\n".join([*table, line("NCCL's all-to-all of T rows, GB/s", rates)])
 
 
-def _run(framework: str, rows: dict[str, Any], options: argparse.Namespace, figures: Figures) -> bool:
-    """One framework's processes, to their end or the deadline's; whether all ended well."""
+def _run(framework: str, rows: dict[str, Any], options: argparse.Namespace, figures: Figures) -> tuple[bool, Figures]:
+    """One framework's processes, to their end or the deadline's: whether all ended well, and the figures with theirs.
+
+    What they have found so far is kept after each shape: a run that is cut off loses one.
+    """
     shapes = {key: asdict(shape) for key, shape in gpu_command.shapes(options).items()}
     with TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
@@ -206,15 +214,30 @@ def _run(framework: str, rows: dict[str, Any], options: argparse.Namespace, figu
         asked["store"] = str(Path(folder) / "store")
         file = Path(folder) / "asked.json"
         file.write_text(json.dumps(asked))
-        whole = _ended(_started(framework, file, options), options.budget + MARGIN)
+        seen = ""
+
+        def keep() -> None:
+            nonlocal seen
+            text = out.read_text() if out.exists() else ""
+            if text != seen:
+                seen = text
+                _keep(_with(figures, json.loads(seen)), options.json)
+
+        whole = _ended(_started(framework, file, options), options.budget + MARGIN, keep)
         if not whole:
             gpu_command.say(f"{framework}: a process was lost, or was too slow; what it had found is kept")
-        found = json.loads(out.read_text()) if out.exists() else None
-        if found is not None:
-            figures["results"] += found["results"]
-            for key, shape in found["shapes"].items():
-                figures["shapes"][key] = {**shape, **figures["shapes"].get(key, {})}
-    return whole and found is not None
+        keep()
+    return (whole, _with(figures, json.loads(seen))) if seen else (False, figures)
+
+
+def _with(figures: Figures, found: Mapping[str, Any]) -> Figures:
+    """And what one framework found."""
+    shapes = {key: {**shape, **figures["shapes"].get(key, {})} for key, shape in found["shapes"].items()}
+    return {
+        **figures,
+        "results": [*figures["results"], *found["results"]],
+        "shapes": {**figures["shapes"], **shapes},
+    }
 
 
 def _started(framework: str, file: Path, options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
@@ -228,8 +251,8 @@ def _started(framework: str, file: Path, options: argparse.Namespace) -> list[su
     return [subprocess.Popen([*command, *more], cwd=ROOT, env=environment) for more in each]
 
 
-def _ended(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
-    """Whether all ended well in time; where one did not, none is left."""
+def _ended(processes: Sequence[subprocess.Popen[bytes]], seconds: float, meanwhile: Callable[[], None]) -> bool:
+    """Whether all ended well in time; where one did not, none is left. `meanwhile` is called now and again."""
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
@@ -238,6 +261,7 @@ def _ended(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool
                 return True
             if any(code not in (None, 0) for code in codes):
                 return False
+            meanwhile()
             time.sleep(0.05)
         return False
     finally:

@@ -6,10 +6,12 @@ r-th part of its tokens and of its experts.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,3 +153,10 @@ def check(expected: gpu_check.Reference, found: gpu_check.Found, held: range) ->
 def reason(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def write(path: str, figures: Mapping[str, Any]) -> None:
+    """Whole or not at all: the file is read while more is found."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(figures))
+    part.replace(path)

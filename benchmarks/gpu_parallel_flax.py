@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_check, gpu_jax
-from benchmarks.gpu_parallel_bench import LAYER, STILL, Clock, Lane, check, entry, of_all, reason, rounds
+from benchmarks.gpu_parallel_bench import LAYER, STILL, Clock, Lane, check, entry, of_all, reason, rounds, write
 from benchmarks.gpu_problem import Problem, Shape
 
 AXIS = "ep"
@@ -206,7 +206,7 @@ def main(arguments: Iterable[str]) -> None:
             break
         print(f"Flax, {sizes['name']}", flush=True)
         devices.run(key, Shape(**sizes))
-        Path(asked["figures"]).write_text(json.dumps(devices.figures))
+        write(asked["figures"], devices.figures)
 
 
 if __name__ == "__main__":

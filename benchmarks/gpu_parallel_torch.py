@@ -33,6 +33,7 @@ from benchmarks.gpu_parallel_bench import (
     part,
     reason,
     rounds,
+    write,
 )
 from benchmarks.gpu_problem import Problem, Shape
 from moebius.core import MoEConfig
@@ -106,8 +107,11 @@ class Ranks:
             lane.result["errors"] = own.checked(dispatcher, self.asked["experts"], expected)
         except Exception as error:  # of one candidate, not of the run
             why = reason(error)
-        if self._slowest(float(why is not None)):
-            lane.result["reason"] = why or "another rank failed"
+        whys: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(whys, why)
+        if any(whys):
+            told = {text: [r for r, each in enumerate(whys) if each == text] for text in whys if text is not None}
+            lane.result["reason"] = "; ".join(f"rank {', '.join(map(str, on))}: {text}" for text, on in told.items())
             self._say(f"  {lane.key}: {lane.result['reason']}")
             return dispatcher
         assert dispatcher is not None
@@ -278,10 +282,6 @@ def _whole(x: Tensor) -> Tensor:
     return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
 
 
-def _write(path: str, figures: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(figures))
-
-
 def main(arguments: Iterable[str]) -> None:
     """Run the shapes; rank 0 writes the figures after each."""
     file, rank = arguments
@@ -305,7 +305,7 @@ def main(arguments: Iterable[str]) -> None:
         ranks._say(f"PyTorch, {sizes['name']}")
         ranks.run(key, Shape(**sizes))
         if ranks.rank == 0:
-            _write(asked["figures"], ranks.figures)
+            write(asked["figures"], ranks.figures)
         if not asked["dry"]:
             torch.cuda.empty_cache()
     dist.barrier()

@@ -105,13 +105,31 @@ def test_processes_of_which_one_fails_are_all_ended_at_once() -> None:
         for code in ("import time; time.sleep(60)", "raise SystemExit(3)")
     ]
     begin = time.monotonic()
-    assert not parallel._ended(started, 30.0) and time.monotonic() - begin < 20.0
+    assert not parallel._ended(started, 30.0, lambda: None) and time.monotonic() - begin < 20.0
     assert started[0].returncode == -9 and started[1].returncode == 3
 
 
 def test_processes_that_are_too_slow_are_ended() -> None:
     slow = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
-    assert not parallel._ended([slow], 0.2) and slow.returncode == -9
+    looked: list[None] = []
+    assert not parallel._ended([slow], 0.2, lambda: looked.append(None)) and slow.returncode == -9
+    assert looked
+
+
+def test_run_that_is_lost_keeps_the_shapes_that_were_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(framework: str, file: Path, options: object) -> list[subprocess.Popen[bytes]]:
+        asked = json.loads(file.read_text())
+        results = [{"shape": "qwen3", "row": next(iter(asked["rows"])), "reason": "none"}]
+        found = {"results": results, "shapes": _figures()["shapes"]}
+        code = "import sys, time; open(sys.argv[1], 'w').write(sys.argv[2]); time.sleep(1); raise SystemExit(3)"
+        return [subprocess.Popen([sys.executable, "-S", "-c", code, asked["figures"], json.dumps(found)])]
+
+    monkeypatch.setattr(parallel, "_started", started)
+    out, kept = tmp_path / "one.json", []
+    monkeypatch.setattr(parallel, "_keep", lambda figures, path: kept.append((len(figures["results"]), path)))
+    arguments = ["--dry", "--shapes", "qwen3", "--only", "alltoall", "flax_ragged", "--json", str(out)]
+    assert parallel.main(arguments) == 1
+    assert kept == [(1, out), (2, out), (2, out)]  # as it went on, and at the end
 
 
 def test_command_without_as_many_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
