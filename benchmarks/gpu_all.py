@@ -51,9 +51,7 @@ def _rows() -> dict[str, Row]:
     for key, row in gpu_flax.ROWS.items():
         if row.kind != "torch":
             name = key if key.startswith("jax_") else f"flax_{key}"
-            found[name] = replace(
-                row, kind=KINDS.get(row.kind, row.kind), default=row.default and key not in LEFT_OUT, skew=False
-            )
+            found[name] = replace(row, kind=KINDS.get(row.kind, row.kind), default=row.default and key not in LEFT_OUT)
     return found
 
 
@@ -100,7 +98,7 @@ def _speed(figures: Figures) -> str:
     return "\n".join([speed(figures, against), *_triton(figures, figures["results"]), *_goals(figures)])
 
 
-def _triton(figures: Figures, results: Sequence[dict[str, Any]], flax: bool = True) -> list[str]:
+def _triton(figures: Figures, results: Sequence[dict[str, Any]]) -> list[str]:
     """Backend triton against the fastest peer, and Flax' against PyTorch's, in speed."""
     peers, frontends = [], []
     for key in figures["shapes"]:
@@ -109,7 +107,8 @@ def _triton(figures: Figures, results: Sequence[dict[str, Any]], flax: bool = Tr
         peers.append(pair((over((theirs[n] or {}).get(n, {}).get("ms"), mine[n]) for n in PASSES), "{:.2f}"))
         frontends.append(pair((over(mine[n], milliseconds(results, key, FLAX_TRITON, n)) for n in PASSES), "{:.2f}"))
     found = [line("PyTorch: triton / best peer", peers)]
-    return [*found, line("Flax triton / PyTorch triton", frontends)] if flax else found
+    there = FLAX_TRITON in {result["row"] for result in results} or results is figures["results"]
+    return [*found, line("Flax triton / PyTorch triton", frontends)] if there else found
 
 
 def _goals(figures: Figures) -> list[str]:
@@ -159,7 +158,7 @@ def _choices(figures: Figures) -> list[str]:
 
 
 def _skew(figures: Figures) -> str:
-    return "\n".join([skewed(figures), *_triton(figures, figures["skew"], flax=False)])
+    return "\n".join([skewed(figures), *_triton(figures, figures["skew"])])
 
 
 if __name__ == "__main__":

@@ -245,14 +245,17 @@ class Bench:
         sizes = torch.bincount(routing.indices.flatten(), minlength=problem.shape.n_experts)
         entry["busiest"] = float(sizes.max()) * problem.shape.n_experts / problem.shape.rows
         self.say(f"  skewed: the busiest expert has {entry['busiest']:.1f} times the mean")
-        there = [lane for lane in lanes if lane.row.skew and lane.candidate is not None]
-        keys = ("shape", "row", "kind")
-        skewed = [
-            Lane(row=lane.row, candidate=lane.candidate, result={key: lane.result[key] for key in keys})
-            for lane in there
-        ]
+        skewed = [self._rerouted(lane, problem, routing) for lane in lanes if lane.row.skew and not lane.out]
         self.figures["skew"] += [lane.result for lane in skewed]
         self._rounds(skewed, problem, routing, max(2, self.options.rounds // 2))
+
+    def _rerouted(self, lane: Lane, problem: Problem, routing: Routing) -> Lane:
+        """The lane on other routes, with results of its own."""
+        return Lane(
+            row=lane.row,
+            candidate=lane.candidate,
+            result={key: lane.result[key] for key in ("shape", "row", "kind")},
+        )
 
     def _try(self, lane: Lane, step: str, action: Callable[[], object]) -> None:
         """Whatever goes wrong with one candidate is its reason, not the end of the run."""

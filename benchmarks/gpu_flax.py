@@ -21,8 +21,8 @@ from benchmarks.gpu_meter import Cuda, Dry
 from benchmarks.gpu_tables import GIB, PASSES, Figures, least, lines, pair, reasons, speed
 
 ROWS = {
-    "triton": row("Flax triton", "ours", "ours_jax", backend="triton"),
-    "tokamax": row("Flax tokamax", "ours", "ours_jax", backend="tokamax"),
+    "triton": row("Flax triton", "ours", "ours_jax", skew=True, backend="triton"),
+    "tokamax": row("Flax tokamax", "ours", "ours_jax", skew=True, backend="tokamax"),
     "te": row("Flax te", "ours", "ours_jax", backend="te"),
     "loop": row("Flax loop", "ours", "ours_jax", default=False, backend="loop"),
     "choice": row("Flax, its own choice", "ours", "ours_jax", default=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -77,6 +78,13 @@ class FlaxBench(WallBench):
     def _errors(self, program: gpu_jax.Program, name: str, expected: gpu_check.Reference) -> dict[str, float]:
         self.meter.poison_jax()
         return gpu_check.errors(expected, gpu_jax.found(name, program.call(name)()))
+
+    def _rerouted(self, lane: Lane, problem: Problem, routing: Routing) -> Lane:
+        """See Bench. Routes are arguments of a program: it is compiled already."""
+        found = super()._rerouted(lane, problem, routing)
+        if lane.program is not None:
+            found.program = replace(lane.program, inputs=gpu_jax.inputs(replace(problem, routing=routing)))
+        return found
 
     def _calls(self, lane: Lane, problem: Problem, routing: Routing) -> Calls:
         """See WallBench."""

@@ -78,7 +78,8 @@ def test_dry_run_of_both_frontends_times_both_and_zipf(
     code, figures = _dry(gpu_all, tmp_path, "--skew")
     assert code == 0 and {result["row"] for result in figures["results"]} == set(rows)
     assert all("reason" not in result and "both" in result for result in figures["results"])
-    assert {result["row"] for result in figures["skew"]} == {"triton"}
+    assert {result["row"] for result in figures["skew"]} == {"triton", "flax_triton"}
+    assert all("both" in result for result in figures["skew"])
     printed = capsys.readouterr().out
     assert "- PyTorch, its own choice: grouped_mm (qwen3)" in printed.splitlines()
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(printed.splitlines())}
