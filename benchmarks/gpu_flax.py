@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks import gpu_command
 from benchmarks.gpu_command import row
 from benchmarks.gpu_flax_bench import FlaxBench
 from benchmarks.gpu_meter import Cuda, Dry
+from benchmarks.gpu_problem import Shape
 from benchmarks.gpu_tables import GIB, PASSES, Figures, least, lines, pair, reasons, speed
 
 ROWS = {
@@ -56,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; 1 where a shape or the device was lost on the way."""
     options = _options(arguments)
     meter = (Dry if options.dry else Cuda)(options.warmup, options.rep)
-    rows, shapes = gpu_command.rows(ROWS, options), gpu_command.shapes(options)
-    return gpu_command.run(FlaxBench(meter, rows, shapes, options, say=gpu_command.say), options, tables)
+    rows = gpu_command.rows(ROWS, options)
+    return gpu_command.run(FlaxBench(meter, rows, _shapes(options), options, say=gpu_command.say), options, tables)
 
 
 def tables(figures: Figures) -> str:
@@ -72,8 +74,17 @@ def tables(figures: Figures) -> str:
     ).rstrip()
 
 
+def _shapes(options: argparse.Namespace) -> dict[str, Shape]:
+    shapes = gpu_command.shapes(options)
+    if not options.tokens:
+        return shapes
+    each = [(key, shape, t) for key, shape in shapes.items() for t in options.tokens]
+    return {f"{key}-{t}": replace(shape, name=f"{shape.name}, T = {t}", tokens=t) for key, shape, t in each}
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = gpu_command.parser("gpu_flax", __doc__, ROWS)
+    parser.add_argument("--tokens", type=int, nargs="*", help="T, of each shape; by default the shape's own")
     gpu_command.walled(parser, rep=60, warmup=20, rounds=8, budget=240)
     parser.add_argument("--threads", type=int, default=4, help="programs compiled at a time (default 4)")
     return gpu_command.parse(parser, arguments)

@@ -319,3 +319,11 @@ def test_grouped_divides_the_time_into_groups_of_calls(
     found, seen = _timed(clock, ms, groups)
     assert seen == sizes
     assert found == pytest.approx([ms] * (len(sizes) - 3))
+
+
+def test_tokens_that_are_asked_for_are_shapes_of_their_own() -> None:
+    shapes = gpu_flax._shapes(gpu_flax._options(["--shapes", "qwen3", "--tokens", "1", "16"]))
+    assert {key: (shape.name, shape.tokens, shape.n_experts) for key, shape in shapes.items()} == {
+        "qwen3-1": ("Qwen3-30B-A3B, T = 1", 1, 128),
+        "qwen3-16": ("Qwen3-30B-A3B, T = 16", 16, 128),
+    }
